@@ -1,0 +1,120 @@
+"""From a `ModelConfig` to this rank's chunks, with the same initial values in every layout.
+
+Each parameter's initial value is drawn whole from (seed, global name) and cut to this rank's shard, so that no layout,
+rank count or order of construction changes it. The global name and the shard come from megatron-core's sharded state,
+the same description that checkpoints use.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import xxhash
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import silu
+
+from model.config import ModelConfig
+from model.language_model import CausalLanguageModel
+from parallel.config import Precision
+from parallel.cpu import has_gpu
+from parallel.precision import model_dtype
+from parallel.topology import Topology
+
+_INTO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
+
+
+def transformer_config(config: ModelConfig, *, dtype: torch.dtype, topology: Topology) -> TransformerConfig:
+    """megatron-core's configuration of one layer, for this layout."""
+    layout = topology.config
+    return TransformerConfig(
+        num_layers=config.layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.heads,
+        num_query_groups=config.kv_heads or config.heads,
+        kv_channels=config.head_size or config.hidden_size // config.heads,
+        ffn_hidden_size=config.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_eps,
+        gated_linear_unit=True,
+        activation_func=silu,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        sequence_parallel=topology.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=not has_gpu(),
+        perform_initialization=False,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        batch_p2p_sync=False,
+    )
+
+
+def sharded_parameters(chunk: torch.nn.Module) -> Iterator[ShardedTensor]:
+    """This rank's part of every parameter: global name (`key`), global shape and offset; `data` is the live tensor."""
+    state = chunk.sharded_state_dict()
+    apply_factories(state)
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor):
+            yield value
+
+
+def initial_value(key: str, shape: tuple[int, ...], *, config: ModelConfig, seed: int) -> Tensor:
+    """The whole initial value of a parameter, float32, a function of the seed and its global name alone."""
+    if len(shape) == 1:
+        return torch.ones(shape)
+    deviation = config.initial_std
+    if key.endswith(_INTO_RESIDUAL):
+        deviation /= math.sqrt(2 * config.layers)
+    generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed}:initial:{key}") >> 1)
+    return torch.empty(shape).normal_(std=deviation, generator=generator)
+
+
+@torch.no_grad()
+def initialise(chunk: torch.nn.Module, *, config: ModelConfig, seed: int) -> None:
+    """Gives every parameter of a chunk its initial value."""
+    for shard in sharded_parameters(chunk):
+        whole = initial_value(shard.key, shard.global_shape, config=config, seed=seed)
+        assert shard.data is not None
+        shard.data.copy_(whole[shard.global_slice()].view_as(shard.data))
+
+
+def build(
+    config: ModelConfig,
+    *,
+    vocabulary_size: int,
+    sequence_length: int,
+    precision: Precision,
+    topology: Topology,
+    seed: int,
+) -> list[torch.nn.Module]:
+    """This rank's chunks of the model (one a virtual stage), initialised, on the rank's device."""
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    layer_config = transformer_config(config, dtype=model_dtype(precision), topology=topology)
+    chunks: list[torch.nn.Module] = []
+    for index in range(topology.config.virtual_pipeline):
+        chunk = CausalLanguageModel(
+            layer_config,
+            vocabulary_size=vocabulary_size,
+            sequence_length=sequence_length,
+            rope_base=config.rope_base,
+            tie_embeddings=config.tie_embeddings,
+            topology=topology,
+            chunk=index,
+        ).to(topology.device)
+        initialise(chunk, config=config, seed=seed)
+        chunks.append(chunk)
+    return chunks

@@ -1,0 +1,80 @@
+"""Configuration of the room that knows ranks: layout, optimizer, checkpoints. Imports without torch."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+
+class Precision(StrEnum):
+    """Number format of weights and activations. Masters, moments and accumulated gradients are fp32 in all of them."""
+
+    auto = "auto"
+    """bf16 on an accelerator that has it, else fp32."""
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class ScheduleName(StrEnum):
+    """Shape of the learning rate after its warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+    wsd = "wsd"
+    """Warm-up, stable, decay: constant until the last `decay_steps`, then linear."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """The layout. Data parallelism is derived: ranks / (tensor x pipeline)."""
+
+    tensor: int = 1
+    """Ranks that share every layer's matrices."""
+    pipeline: int = 1
+    """Ranks that share the depth of the model, in stages that pass activations on."""
+    virtual_pipeline: int = 1
+    """Chunks of layers that each pipeline rank holds; more chunks, smaller bubble, more messages."""
+    sequence_parallel: Literal["auto", True, False] = "auto"
+    """Cut activations outside the matrices along the sequence over the tensor ranks; auto: on where tensor > 1."""
+    zero_stage: int = 1
+    """What is sharded over data-parallel ranks. 0 nothing, 1 masters and moments, 2 also gradients, 3 also weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """Learning rate over the steps: a linear warm-up from zero, then `name`."""
+
+    name: ScheduleName = ScheduleName.cosine
+    warmup_steps: int = 0
+    """Steps of the linear warm-up."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the last step (not used by `constant`)."""
+    decay_steps: int | None = None
+    """Length of the final decay of `wsd` in steps; by default a tenth of the run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay (Loshchilov and Hutter, 2019), none on norms and biases."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate, reached at the end of the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay per step, times the learning rate; matrices only."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay. The last step and a stop are always saved."""
+
+    every_steps: int = 1000
+    """Steps between two checkpoints."""
+    keep: int = 3
+    """Newest whole checkpoints that stay; at least 1."""
