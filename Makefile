@@ -1,0 +1,35 @@
+# Every target makes its own environment first (.ci/setup: idempotent, some milliseconds once it stands).
+SHELL := /bin/bash
+PYTHON := .venv/bin/python -P
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test lint format bench clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+
+venv: ## find Python >= 3.12, make .venv, install
+	@.ci/setup
+
+quickstart: venv ## from raw text to a trained model; DATA=path takes your own jsonl, parquet or txt
+	@env -u OMP_NUM_THREADS .venv/bin/python -m launcher quickstart $(if $(DATA),--data $(DATA))
+
+test: venv ## the tests
+	@$(PYTHON) -m pytest
+
+lint: venv ## ruff and pyright
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m pyright
+
+format: venv ## let ruff sort imports and lay out the code
+	@$(PYTHON) -m ruff check --fix .
+	@$(PYTHON) -m ruff format .
+
+bench: venv ## the benchmarks; each writes its figures to benchmarks/results
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(PYTHON) $$script; done
+
+clean: ## remove caches and build products; runs, stores and .venv stay
+	@rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,21 @@
+"""The environment of every test: offline, on the CPU unless a GPU is there, one thread a process.
+
+It is set before anything imports torch or DeepSpeed, because both read it once.
+"""
+
+import os
+from pathlib import Path
+
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Forked worlds: a parent that has run OpenMP with several threads hangs its children.
+    "OMP_NUM_THREADS": "1",
+}
+if not Path("/dev/nvidiactl").exists():
+    _ENVIRONMENT |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+os.environ.update(_ENVIRONMENT)
