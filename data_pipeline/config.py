@@ -1,22 +1,30 @@
 """Configuration of the corpus pipeline and the loader. Imports without torch."""
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from omegaconf import MISSING
+
+from parallel.common.errors import Problem
+
+_NAME = re.compile(r"[\w.-]+")
 
 
 class SourceFormat(StrEnum):
     """How a source's files are read; all but parquet may be compressed (.gz, .zst)."""
 
     auto = "auto"
-    """From each file's name."""
+    """From each file's name: .jsonl, .ndjson, .parquet, .txt; other files of a directory are passed over."""
     jsonl = "jsonl"
+    """One JSON object a line."""
     parquet = "parquet"
     txt = "txt"
-    """One document a file."""
+    """One document a file, a long file in pieces (`document_bytes`)."""
     tree = "tree"
-    """Every text file under a directory, one document a file."""
+    """Every text file under a directory, one document a file; links and binary files are passed over."""
 
 
 class Packing(StrEnum):
@@ -31,19 +39,26 @@ class SourceConfig:
     """One named source of documents; the mixture and every report go by its name."""
 
     name: str = MISSING
-    path: str = MISSING
-    """A file, a directory, or a glob."""
+    path: Any = MISSING
+    """A file, a directory or a glob, or a list of them."""
     format: SourceFormat = SourceFormat.auto
     text_field: str = "text"
     """Field that holds the text, for jsonl and parquet."""
     id_field: str = "id"
     """Field that holds the document's id, for jsonl and parquet; without it, ids are made from source and position."""
     include: tuple[str, ...] = ()
-    """Globs on the path relative to a tree, `**/*.py`; empty takes every text file."""
+    """Globs on the path relative to a directory, `lib/**/*.py`, or on the name alone, `*.py`; empty takes all."""
     exclude: tuple[str, ...] = ()
-    """Globs on the path relative to a tree that are passed over."""
+    """Globs, as in `include`, of what is passed over."""
     limit_bytes: int | None = None
-    """Read at most this much raw text, in the order of the file names."""
+    """Read at most this much text: of a tree, files spread over all of it; else in the order of the file names."""
+    document_bytes: int = 65_536
+    """A txt file longer than this is cut at empty lines, else at line ends, into such pieces; 0 never cuts."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """`path` as a list."""
+        return (self.path,) if isinstance(self.path, str) else tuple(self.path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +105,7 @@ class TokenizerConfig:
     vocabulary_size: int = 32768
     """Size of a trained vocabulary, special tokens included; a multiple of 128."""
     sample_bytes: int = 100_000_000
-    """Text that training may look at, divided over the sources by their weight."""
+    """Text that training may look at, divided over the sources as the mixture says, else by their size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +113,7 @@ class ValidationConfig:
     """Documents that are held out of training, chosen by a hash of their id, the same in every later run."""
 
     share: float = 0.01
-    """Share of each source's documents."""
+    """Share of each source's documents. A source with two documents or more gives at least one, unless this is 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,3 +134,36 @@ class DataConfig:
     packing: Packing = Packing.concatenate
     mask_documents: bool = True
     """Attention and positions do not cross document borders inside a sequence."""
+
+    def problems(self) -> Iterator[Problem]:
+        """What is wrong with the values for a build; types and required keys are checked before."""
+        if not self.sources:
+            yield Problem(key="data.sources", got=[], legal="at least one source, {name: ..., path: ...}")
+        seen: set[str] = set()
+        for index, source in enumerate(self.sources):
+            key = f"data.sources.{index}"
+            if not _NAME.fullmatch(source.name) or source.name in seen:
+                legal = "a name of its own, of letters, digits, `.`, `_` and `-`"
+                yield Problem(key=f"{key}.name", got=source.name, legal=legal)
+            seen.add(source.name)
+            if not source.paths or not all(isinstance(path, str) and path for path in source.paths):
+                yield Problem(key=f"{key}.path", got=source.path, legal="a file, a directory or a glob, or a list")
+            if source.limit_bytes is not None and source.limit_bytes < 1:
+                yield Problem(key=f"{key}.limit_bytes", got=source.limit_bytes, legal="1 or more, or null for all")
+            if source.document_bytes and source.document_bytes < 1024:
+                yield Problem(key=f"{key}.document_bytes", got=source.document_bytes, legal="1024 or more, or 0")
+        clean, near = self.stages.clean, self.stages.near_dedup
+        ranges = (
+            ("stages.clean.min_characters", clean.min_characters, 0, clean.max_characters),
+            ("stages.near_dedup.threshold", near.threshold, 0.05, 1),
+            ("stages.near_dedup.ngram", near.ngram, 1, 100),
+            ("stages.near_dedup.bands", near.bands, 1, 1000),
+            ("stages.near_dedup.rows", near.rows, 1, 100),
+            ("validation.share", self.validation.share, 0, 0.5),
+            ("tokenizer.sample_bytes", self.tokenizer.sample_bytes, 1, None),
+            ("shard_tokens", self.shard_tokens, 1, None),
+        )
+        for key, got, least, most in ranges:
+            if got < least or (most is not None and got > most):
+                legal = f"{least} or more" if most is None else f"a number from {least} to {most}"
+                yield Problem(key=f"data.{key}", got=got, legal=legal)
