@@ -1,0 +1,429 @@
+"""The token store: shards of token ids, sealed one by one in a manifest.
+
+    STORE/manifest.jsonl   header, one line a sealed shard, end; each line carries a checksum of itself
+          tokenizer.json   what the ids mean
+          shard-00000.bin/.idx          ids in Megatron's format, one sequence a document, each ending with its EOD
+          shard-00000.docs.parquet      id, source, offset and length in tokens, text_bytes of each document
+
+Contract: a shard holds documents of one source and one split. Its files are written under temporary names, flushed,
+hashed and renamed, and only then does the manifest name them; so what the manifest names is whole, and what it does
+not name is rubbish that the next writer removes. A job that was killed goes on after its last sealed shard and ends
+with the same bytes as one that was not: there are no times, host names or paths in the store.
+
+`Store.open` looks at checksums of lines and sizes of files, which takes milliseconds; `Store.check` reads everything.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from data_pipeline.indexed import dtype_for, index_parts, read_ids, read_index
+from data_pipeline.tokenizer import Tokenizer
+from parallel.common.errors import UserError
+from parallel.common.files import hash_bytes, hash_file, sync_directory
+from parallel.common.lines import JsonLines
+
+FORMAT = 1
+TRAINING = "training"
+VALIDATION = "validation"
+_SUFFIXES = ("bin", "idx", "docs.parquet")
+_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizedDocument:
+    """One document on its way into the store."""
+
+    id: str
+    tokens: list[int]
+    """Its ids, without the end of document: the writer puts that."""
+    text_bytes: int
+    """Length of the text in UTF-8, for bits per byte."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """A sealed shard, as the manifest names it."""
+
+    index: int
+    source: str
+    split: str
+    documents: int
+    tokens: int
+    """Every document's end included."""
+    text_bytes: int
+    files: dict[str, dict[str, Any]]
+    """{file name: {"bytes": size, "hash": xxh3-128}}."""
+
+    @property
+    def stem(self) -> str:
+        return f"shard-{self.index:05d}"
+
+    def record(self) -> dict[str, Any]:
+        """Its line of the manifest, without the checksum."""
+        return {
+            "kind": "shard",
+            "index": self.index,
+            "source": self.source,
+            "split": self.split,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "text_bytes": self.text_bytes,
+            "files": self.files,
+        }
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    plain = {key: value for key, value in record.items() if key != "checksum"}
+    return hash_bytes(json.dumps(plain, ensure_ascii=False, allow_nan=False).encode())
+
+
+def _header(tokenizer: Tokenizer, configuration: str) -> dict[str, Any]:
+    return {
+        "kind": "header",
+        "format": FORMAT,
+        "dtype": dtype_for(tokenizer.vocabulary_size).name,
+        "tokenizer": {
+            "vocabulary_size": tokenizer.vocabulary_size,
+            "end_of_document": tokenizer.end_of_document,
+            "padding": tokenizer.padding,
+            "fingerprint": tokenizer.fingerprint,
+        },
+        "configuration": configuration,
+    }
+
+
+def _totals(shards: Iterable[Shard]) -> dict[str, int]:
+    shards = list(shards)
+    return {
+        "shards": len(shards),
+        "documents": sum(shard.documents for shard in shards),
+        "tokens": sum(shard.tokens for shard in shards),
+        "text_bytes": sum(shard.text_bytes for shard in shards),
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Manifest:
+    """The whole lines of a manifest; a torn last line is not there."""
+
+    header: dict[str, Any]
+    shards: tuple[Shard, ...]
+    ended: bool
+
+    @classmethod
+    def read(cls, path: Path) -> "_Manifest | None":
+        """Reads and verifies; None where not even the header was written.
+
+        Raises:
+            UserError: a line was changed, lines are missing, or a file is missing or of another size.
+        """
+        file = path / "manifest.jsonl"
+        try:
+            records = list(JsonLines(file))
+        except ValueError as error:
+            raise UserError(f"{file} is damaged: a line in it is not JSON; build the store again") from error
+        for number, record in enumerate(records, start=1):
+            if not isinstance(record, dict) or record.get("checksum") != _checksum(record):
+                raise UserError(f"{file} is damaged: line {number} does not match its checksum; build the store again")
+            del record["checksum"]
+        if not records:
+            return None
+        header, *rest = records
+        if header["kind"] != "header" or header["format"] != FORMAT:
+            raise UserError(f"{file} has no header of store format {FORMAT}: build the store again")
+        ended = bool(rest) and rest[-1]["kind"] == "end"
+        end = rest.pop() if ended else None
+        if any(record["kind"] != "shard" or record["index"] != index for index, record in enumerate(rest)):
+            raise UserError(f"{file} is damaged: its shards are not numbered in order; build the store again")
+        shards = tuple(Shard(**{key: value for key, value in record.items() if key != "kind"}) for record in rest)
+        if end is not None and end != {"kind": "end", **_totals(shards)}:
+            raise UserError(f"{file} is damaged: its totals are not those of its shards; build the store again")
+        for shard in shards:
+            _verify_sizes(path, shard)
+        return cls(header=header, shards=shards, ended=ended)
+
+
+def _verify_sizes(path: Path, shard: Shard) -> None:
+    for name, facts in shard.files.items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != facts["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes instead of {facts['bytes']}"
+            raise UserError(f"{file} {found}: the store is damaged, build it again")
+
+
+class Store:
+    """A finished store, read-only."""
+
+    def __init__(self, path: Path, manifest: _Manifest) -> None:
+        self.path = path
+        self._manifest = manifest
+        facts = manifest.header["tokenizer"]
+        self.dtype = _DTYPES[manifest.header["dtype"]]
+        self.vocabulary_size: int = facts["vocabulary_size"]
+        self.end_of_document: int = facts["end_of_document"]
+        self.padding: int = facts["padding"]
+        self.tokenizer_fingerprint: str = facts["fingerprint"]
+        self.configuration: str = manifest.header["configuration"]
+        """Fingerprint of the configuration that the store was built from."""
+
+    @classmethod
+    def open(cls, path: Path) -> "Store":
+        """Opens a store that `bloomery data build` finished.
+
+        Raises:
+            UserError: it is missing, unfinished or damaged.
+        """
+        manifest = _Manifest.read(path)
+        if manifest is None:
+            raise UserError(f"there is no token store at {path}: make it with `bloomery data build`")
+        if not manifest.ended:
+            raise UserError(f"the token store at {path} is not finished: run `bloomery data build` again, it goes on")
+        store = cls(path, manifest)
+        if not store.tokenizer.is_file() or hash_file(store.tokenizer) != store.tokenizer_fingerprint:
+            raise UserError(f"{store.tokenizer} is missing or not the one that the store was made with")
+        return store
+
+    @property
+    def tokenizer(self) -> Path:
+        """Its tokenizer.json."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources, in the order in which they first appear."""
+        return tuple(dict.fromkeys(shard.source for shard in self._manifest.shards))
+
+    def shards(self, *, split: str | None = None, source: str | None = None) -> tuple[Shard, ...]:
+        """The shards of a split and of a source (of all, by default), in the order in which they were sealed."""
+        return tuple(
+            shard
+            for shard in self._manifest.shards
+            if (split is None or shard.split == split) and (source is None or shard.source == source)
+        )
+
+    def tokens(self, shard: Shard) -> np.memmap:
+        """A shard's ids, mapped; uint16 or uint32 [tokens]."""
+        return read_ids(self.path / f"{shard.stem}.bin", self.dtype)
+
+    def document_offsets(self, shard: Shard) -> NDArray[np.int64]:
+        """Where each document begins, and where the last ends, in tokens; [documents + 1].
+
+        Raises:
+            UserError: the index is damaged.
+        """
+        file = self.path / f"{shard.stem}.idx"
+        lengths = read_index(file).lengths
+        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        if len(lengths) != shard.documents or offsets[-1] != shard.tokens:
+            raise UserError(f"{file} is damaged: it does not add up to what the manifest says; build the store again")
+        return offsets
+
+    def check(self) -> None:
+        """Reads every file and compares its hash with the manifest's.
+
+        Raises:
+            UserError: names the first file that is damaged.
+        """
+        for shard in self._manifest.shards:
+            for name, facts in shard.files.items():
+                if hash_file(self.path / name) != facts["hash"]:
+                    raise UserError(f"{self.path / name} is damaged: its content changed since it was written")
+
+
+@contextmanager
+def _room_on_disk(path: Path) -> Iterator[None]:
+    """Says plainly that a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"there is no space left for the token store at {path}: free some and run it again") from error
+
+
+@contextmanager
+def _flushed(path: Path) -> Iterator[IO[bytes]]:
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class StoreWriter:
+    """Writes a store, or goes on with one that was not finished.
+
+    A caller that goes on skips the documents that stand already: `documents_written(source, split)` of each. Which
+    documents those are follows from the caller's order, which must be the same in every run.
+    """
+
+    def __init__(self, path: Path, *, tokenizer: Tokenizer, configuration: str) -> None:
+        """Opens the directory for writing; what no sealed shard claims is removed.
+
+        Args:
+            path: Directory of the store, made if missing; files of other names in it are left alone.
+            tokenizer: Goes into the store as `tokenizer.json`.
+            configuration: Fingerprint of everything that the store's content depends on.
+
+        Raises:
+            UserError: the store there was built from another configuration or tokenizer, or is damaged.
+        """
+        self.path = path
+        self._end_of_document = tokenizer.end_of_document
+        self._dtype = dtype_for(tokenizer.vocabulary_size)
+        header = _header(tokenizer, configuration)
+        path.mkdir(parents=True, exist_ok=True)
+        self._lines = JsonLines(path / "manifest.jsonl")
+        manifest = _Manifest.read(path)
+        self._shards = list(manifest.shards) if manifest else []
+        self.finished: bool = manifest is not None and manifest.ended
+        """The store is whole; nothing can be added."""
+        if manifest is not None and manifest.header != header:
+            changed = "tokenizer" if manifest.header["tokenizer"] != header["tokenizer"] else "configuration"
+            raise UserError(
+                f"the token store at {path} was begun with another {changed}: give another data.store, or remove it"
+            )
+        self._remove_unsealed()
+        with _room_on_disk(path):
+            tokenizer.save(path / "tokenizer.json")
+            if manifest is None:
+                self._lines.path.unlink(missing_ok=True)
+                self._append(header)
+            else:
+                self._cut_torn_line()
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """What is sealed so far."""
+        return tuple(self._shards)
+
+    def documents_written(self, source: str, split: str) -> int:
+        """Documents of a source and split in sealed shards."""
+        return sum(shard.documents for shard in self._shards if (shard.source, shard.split) == (source, split))
+
+    def add_shard(
+        self, source: str, split: str, documents: Iterator[TokenizedDocument], *, max_tokens: int | None = None
+    ) -> Shard | None:
+        """Writes and seals one shard from the next documents of an iterator.
+
+        Args:
+            source: The source of all of them.
+            split: "training" or "validation".
+            documents: Taken until it ends or the shard is full; the rest stays in the iterator for the next shard.
+            max_tokens: The shard is full with the document that reaches this many tokens; by default never.
+
+        Returns:
+            The sealed shard, or None where no document was left: nothing is written then.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        assert not self.finished
+        assert split in (TRAINING, VALIDATION)
+        stem = f"shard-{len(self._shards):05d}"
+        with _room_on_disk(self.path):
+            columns = self._write_tokens(self._temporary(f"{stem}.bin"), documents, max_tokens)
+            lengths = np.array(columns["length"], dtype=np.int32)
+            if not len(lengths):
+                self._remove_unsealed()
+                return None
+            with _flushed(self._temporary(f"{stem}.idx")) as file:
+                file.writelines(index_parts(lengths, self._dtype))
+            self._write_documents(self._temporary(f"{stem}.docs.parquet"), source, columns)
+            files = {}
+            for name in (f"{stem}.{suffix}" for suffix in _SUFFIXES):
+                temporary = self._temporary(name)
+                files[name] = {"bytes": temporary.stat().st_size, "hash": hash_file(temporary)}
+            for name in files:
+                self._temporary(name).rename(self.path / name)
+            sync_directory(self.path)
+            shard = Shard(
+                index=len(self._shards),
+                source=source,
+                split=split,
+                documents=len(lengths),
+                tokens=int(lengths.sum(dtype=np.int64)),
+                text_bytes=sum(columns["text_bytes"]),
+                files=files,
+            )
+            self._append(shard.record())
+        self._shards.append(shard)
+        return shard
+
+    def finish(self) -> Store:
+        """Ends the manifest, which makes the store readable; does nothing where it has ended already."""
+        if not self.finished:
+            with _room_on_disk(self.path):
+                self._append({"kind": "end", **_totals(self._shards)})
+            self.finished = True
+        return Store.open(self.path)
+
+    def _temporary(self, name: str) -> Path:
+        return self.path / f".{name}.tmp"
+
+    def _write_tokens(
+        self, path: Path, documents: Iterator[TokenizedDocument], max_tokens: int | None
+    ) -> dict[str, list[Any]]:
+        """Writes the `.bin`; returns the columns of what was written."""
+        columns: dict[str, list[Any]] = {"id": [], "length": [], "text_bytes": []}
+        written = 0
+        with _flushed(path) as file:
+            while max_tokens is None or written < max_tokens:
+                document = next(documents, None)
+                if document is None:
+                    break
+                file.write(np.array([*document.tokens, self._end_of_document], dtype=self._dtype).tobytes())
+                columns["id"].append(document.id)
+                columns["length"].append(len(document.tokens) + 1)
+                columns["text_bytes"].append(document.text_bytes)
+                written += len(document.tokens) + 1
+        return columns
+
+    def _write_documents(self, path: Path, source: str, columns: dict[str, list[Any]]) -> None:
+        lengths = np.array(columns["length"], dtype=np.int64)
+        table = pa.table(
+            {
+                "id": pa.array(columns["id"], pa.string()),
+                "source": pa.array([source] * len(lengths), pa.string()),
+                "offset": pa.array(np.cumsum(lengths) - lengths),
+                "length": pa.array(lengths),
+                "text_bytes": pa.array(columns["text_bytes"], pa.int64()),
+            }
+        )
+        with _flushed(path) as file:
+            pq.write_table(table, file, compression="zstd")
+
+    def _append(self, record: dict[str, Any]) -> None:
+        """Adds a line to the manifest; it is on the disk when this returns."""
+        self._lines.append({**record, "checksum": _checksum(record)})
+        descriptor = os.open(self._lines.path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        sync_directory(self.path)
+
+    def _cut_torn_line(self) -> None:
+        with self._lines.path.open("rb") as file:
+            torn = not file.read().endswith(b"\n")
+        if torn:
+            self._lines.keep(lambda _: True)
+
+    def _remove_unsealed(self) -> None:
+        sealed = {name for shard in self._shards for name in shard.files}
+        for pattern in ("shard-*.bin", "shard-*.idx", "shard-*.docs.parquet", ".shard-*.tmp"):
+            for file in self.path.glob(pattern):
+                if file.name not in sealed:
+                    file.unlink()
