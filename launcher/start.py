@@ -1,0 +1,91 @@
+"""`--ranks N`: starts local ranks through torchrun, hands signals on, and turns their outcome into one exit code.
+
+torchrun always exits with 1, whatever its workers said; so they write an outcome file and this starter reads it.
+A signal goes to the workers themselves, past torchrun, which would kill them 30 s after a TERM and die of USR1.
+Imports without torch: a stage that is finished must answer at once.
+"""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from launcher.lifetime import children, send
+from launcher.outcome import Outcome
+from launcher.work import ATTEMPT_VARIABLE, OUTCOME_VARIABLE, STARTER_VARIABLE
+from parallel.common.errors import UserError
+
+_HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def start_ranks(arguments: Sequence[str], *, ranks: int, outcome: Path) -> int:
+    """Runs `bloomery ARGUMENTS` on N local ranks; returns what they report through the `outcome` file.
+
+    Raises:
+        UserError: the ranks reported a mistake of the user; the sentence is theirs.
+    """
+    attempt = secrets.token_hex(8)
+    command = [sys.executable, "-P", "-m", "launcher.agent", "--standalone", "--nproc-per-node", str(ranks)]
+    process = subprocess.Popen(
+        [*command, "-m", "launcher", *arguments],
+        env=_environment(ranks, attempt, outcome),
+        start_new_session=True,
+    )
+    with _signals_handed_on(process.pid):
+        code = process.wait()
+    reported = Outcome.read(outcome)
+    if reported is None or reported.attempt != attempt:
+        print(f"bloomery: the ranks ended without a word (torchrun's exit code: {code}).", file=sys.stderr)
+        return code if code == 2 else 1
+    if reported.exit_code == 2:
+        raise UserError(reported.message)
+    return reported.exit_code
+
+
+def available_ranks() -> int:
+    """Accelerators that a `--ranks` call may use by default, else 1; counted without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return max(1, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
+    return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+
+
+def _environment(ranks: int, attempt: str, outcome: Path) -> dict[str, str]:
+    root = str(Path(__file__).resolve().parent.parent)
+    inherited = os.environ.get("PYTHONPATH")
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        **os.environ,
+        "PYTHONPATH": f"{root}{os.pathsep}{inherited}" if inherited else root,
+        "PYTHONSAFEPATH": "1",
+        STARTER_VARIABLE: str(os.getpid()),
+        ATTEMPT_VARIABLE: attempt,
+        OUTCOME_VARIABLE: str(outcome.resolve()),
+    }
+
+
+@contextmanager
+def _signals_handed_on(agent: int) -> Iterator[None]:
+    """While the ranks run: the first signal goes to the workers, who save and stop; a second INT or TERM kills them."""
+    seen: list[int] = []
+
+    def hand_on(number: int, _frame: object) -> None:
+        again = number in seen and number in (signal.SIGINT, signal.SIGTERM)
+        seen.append(number)
+        workers = children(agent)
+        for worker in workers:
+            send(worker, signal.SIGKILL if again else number)
+        if again or not workers:
+            send(agent, signal.SIGKILL if again else signal.SIGTERM)
+
+    before = {number: signal.signal(number, hand_on) for number in _HANDED_ON}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
