@@ -6,12 +6,9 @@ the same description that checkpoints use.
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 import xxhash
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -19,9 +16,8 @@ from torch.nn.functional import silu
 
 from model.config import ModelConfig
 from model.language_model import CausalLanguageModel
-from parallel.config import Precision
 from parallel.cpu import has_gpu
-from parallel.precision import model_dtype
+from parallel.parameters import local_parameters
 from parallel.topology import Topology
 
 _INTO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
@@ -59,17 +55,9 @@ def transformer_config(config: ModelConfig, *, dtype: torch.dtype, topology: Top
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        batch_p2p_comm=layout.virtual_pipeline == 1,
         batch_p2p_sync=False,
     )
-
-
-def sharded_parameters(chunk: torch.nn.Module) -> Iterator[ShardedTensor]:
-    """This rank's part of every parameter: global name (`key`), global shape and offset; `data` is the live tensor."""
-    state = chunk.sharded_state_dict()
-    apply_factories(state)
-    for value in nested_values(state):
-        if isinstance(value, ShardedTensor):
-            yield value
 
 
 def initial_value(key: str, shape: tuple[int, ...], *, config: ModelConfig, seed: int) -> Tensor:
@@ -79,17 +67,18 @@ def initial_value(key: str, shape: tuple[int, ...], *, config: ModelConfig, seed
     deviation = config.initial_std
     if key.endswith(_INTO_RESIDUAL):
         deviation /= math.sqrt(2 * config.layers)
-    generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed}:initial:{key}") >> 1)
+    generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed}:initial:{key}".encode()) >> 1)
     return torch.empty(shape).normal_(std=deviation, generator=generator)
 
 
 @torch.no_grad()
 def initialise(chunk: torch.nn.Module, *, config: ModelConfig, seed: int) -> None:
     """Gives every parameter of a chunk its initial value."""
-    for shard in sharded_parameters(chunk):
-        whole = initial_value(shard.key, shard.global_shape, config=config, seed=seed)
-        assert shard.data is not None
-        shard.data.copy_(whole[shard.global_slice()].view_as(shard.data))
+    for local in local_parameters([chunk], last_stage_of_several=False):
+        for shard in local.shards:
+            described = shard.description
+            whole = initial_value(described.key, described.global_shape, config=config, seed=seed)
+            shard.of(local.parameter.data).copy_(whole[described.global_slice()].view(described.local_shape))
 
 
 def build(
@@ -97,13 +86,13 @@ def build(
     *,
     vocabulary_size: int,
     sequence_length: int,
-    precision: Precision,
+    dtype: torch.dtype,
     topology: Topology,
     seed: int,
 ) -> list[torch.nn.Module]:
     """This rank's chunks of the model (one a virtual stage), initialised, on the rank's device."""
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    layer_config = transformer_config(config, dtype=model_dtype(precision), topology=topology)
+    layer_config = transformer_config(config, dtype=dtype, topology=topology)
     chunks: list[torch.nn.Module] = []
     for index in range(topology.config.virtual_pipeline):
         chunk = CausalLanguageModel(

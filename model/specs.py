@@ -4,6 +4,8 @@ A pattern symbol of megatron-core's hybrid stack is a whole Transformer layer he
 blocks: their numbers, their share in a pipeline and their recomputation all count the same thing.
 """
 
+from functools import partial
+
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid import hybrid_block
@@ -71,8 +73,8 @@ def transformer_layer() -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
+            mlp=partial(
+                MLP.as_mlp_submodule,
                 submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             ),
             mlp_bda=get_bias_dropout_add,

@@ -8,7 +8,6 @@ The trade-off: attributes of third-party modules are replaced. The list is short
 that it was made for are pinned exactly.
 """
 
-import os
 from types import ModuleType
 from typing import Any
 
@@ -35,16 +34,21 @@ class _TorchOnCpu(ModuleType):
         return torch.zeros(*size, device=_CPU if device == "cuda" else device, **options)
 
 
-def _get_random_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+def _get_random_state(*_: Any, **__: Any) -> torch.Tensor:
     return torch.get_rng_state()
 
 
-def _set_random_state(state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+def _set_random_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
     torch.set_rng_state(state)
 
 
 def _nothing(*_: Any, **__: Any) -> None:
     """Stands for a call that has no meaning on a CPU."""
+
+
+def _stay(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """Stands for a move to the device that is the CPU."""
+    return tensor
 
 
 def _current_device() -> torch.device:
@@ -55,10 +59,11 @@ def install() -> None:
     """Makes megatron-core usable on a CPU; does nothing where there is a GPU or where it was done before."""
     if has_gpu() or isinstance(schedules.torch, _TorchOnCpu):
         return
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     schedules.torch = _TorchOnCpu("torch")
     torch.cuda.current_device = _current_device
     torch.cuda.synchronize = _nothing
+    torch.Tensor.cuda = _stay
     torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = _get_random_state
     tensor_parallel_random._get_cuda_rng_state = _get_random_state
     tensor_parallel_random._set_cuda_rng_state = _set_random_state

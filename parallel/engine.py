@@ -1,0 +1,245 @@
+"""One training step, whatever the layout: micro-batches through megatron-core's schedule, gradients to one update.
+
+    batch -> micro-batches -> forward and backward on every pipeline stage -> reduced gradients -> clipped update
+
+Contract: `step` and `evaluate` take this data-parallel slice's batch and return the same numbers on every rank. The loss is
+a weighted sum over a weighted count, divided once over all ranks, so that neither the number of micro-batches nor of ranks
+changes it. The model and its objective know nothing of this file; ZeRO stands behind `Updater`.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch import Tensor
+
+from parallel.common.stateful import Stateful
+from parallel.config import OptimizerConfig
+from parallel.optimizer import Kind, PlainUpdater, Updater
+from parallel.parameters import LocalParameter, local_parameters
+from parallel.schedules import Schedule
+from parallel.topology import Topology
+from parallel.zero import ZeroUpdater
+
+Batch = Mapping[str, Tensor]
+Objective = Callable[[Tensor, Batch, Any], tuple[Tensor, Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step found; tensors stay on the device until somebody reads them."""
+
+    loss: Tensor
+    """[] float64, mean loss in nats over the global batch, weighted."""
+    weight: Tensor
+    """[] float64, the sum of the weights: tokens that counted."""
+    grad_norm: Tensor
+    """[] before clipping; zero in an evaluation."""
+    learning_rate: float
+    seconds: Mapping[str, float]
+    """Host seconds by phase: `forward_backward`, `communication`, `optimizer`."""
+
+
+class _Chunks(torch.nn.Module):
+    """A rank's chunks as one module, which is what DeepSpeed wraps; `forward` picks the chunk."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        super().__init__()
+        self.chunks = torch.nn.ModuleList(chunks)
+
+    def forward(self, index: int, batch: Batch) -> Tensor:
+        return self.chunks[index](batch)
+
+
+class _Stage(torch.nn.Module):
+    """One chunk as megatron-core's schedule wants to see it; forwards go through the updater's module."""
+
+    def __init__(self, chunk: torch.nn.Module, index: int, run: Callable[[int, Batch], Tensor]) -> None:
+        super().__init__()
+        self.config: Any = chunk.config
+        self.vp_stage = chunk.vp_stage
+        self.set_input_tensor = chunk.set_input_tensor
+        self.model_type = chunk.model_type
+        self._run = partial(run, index)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._run(batch)
+
+
+class Engine:
+    """The model of this rank, its optimizer, and the schedule that drives them."""
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        *,
+        objective: Objective,
+        topology: Topology,
+        optimizer: OptimizerConfig,
+        schedule: Schedule,
+        micro_batch_size: int,
+        sequence_length: int,
+    ) -> None:
+        self.topology = topology
+        self.schedule = schedule
+        self._objective = objective
+        self._micro_batch_size = micro_batch_size
+        several = topology.config.pipeline > 1
+        self.parameters: list[LocalParameter] = local_parameters(
+            chunks, last_stage_of_several=several and topology.is_last_pipeline_stage
+        )
+        updater = ZeroUpdater if topology.config.zero_stage else PlainUpdater
+        self.updater: Updater = updater(_Chunks(chunks), self.parameters, config=optimizer, topology=topology)
+        self._stages = [_Stage(chunk, index, self.updater.module) for index, chunk in enumerate(chunks)]
+        self._gradient_factor = torch.ones((), dtype=torch.float64, device=topology.device)
+        for stage in self._stages:
+            stage.config.grad_scale_func = self._scale
+            stage.config.no_sync_func = self.updater.all_but_last_micro_batch
+        config = self._stages[0].config
+        self._forward_backward = partial(
+            get_forward_backward_func(
+                pp_size=topology.config.pipeline, vp_size=config.virtual_pipeline_model_parallel_size
+            ),
+            forward_step_func=self._forward,
+            model=self._stages,
+            seq_length=sequence_length,
+            micro_batch_size=micro_batch_size,
+            p2p_communicator=P2PCommunicator(topology.groups.pp, config) if several else None,
+            pg_collection=topology.groups,
+        )
+
+    def step(self, batch: Batch) -> StepResult:
+        """One update from this slice's batch, a whole number of micro-batches: tensors [batch, ...] on the CPU."""
+        started = time.perf_counter()
+        weight = batch["loss_weights"].sum(dtype=torch.float64).to(self.topology.device)
+        dist.all_reduce(weight, group=self.topology.data_parallel_group)
+        self._gradient_factor = self.updater.gradient_scale / weight.clamp(min=1e-12)
+        with self.updater.accumulation():
+            loss_sum = self._run(batch, forward_only=False)
+            ran = time.perf_counter()
+        reduced = time.perf_counter()
+        rate = self.schedule.learning_rate(self.schedule.steps_taken + 1)
+        norm = self.updater.step(rate)
+        self.schedule.steps_taken += 1
+        stepped = time.perf_counter()
+        loss = self._everywhere(loss_sum) / weight.clamp(min=1e-12)
+        seconds = {
+            "forward_backward": ran - started,
+            "communication": reduced - ran,
+            "optimizer": stepped - reduced,
+        }
+        return StepResult(loss=loss, weight=weight, grad_norm=norm, learning_rate=rate, seconds=seconds)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> StepResult:
+        """The loss of this slice's batch and its siblings', without an update."""
+        started = time.perf_counter()
+        weight = batch["loss_weights"].sum(dtype=torch.float64).to(self.topology.device)
+        dist.all_reduce(weight, group=self.topology.data_parallel_group)
+        self._train(False)
+        loss_sum = self._run(batch, forward_only=True)
+        self._train(True)
+        loss = self._everywhere(loss_sum) / weight.clamp(min=1e-12)
+        seconds = {"forward_backward": time.perf_counter() - started}
+        return StepResult(
+            loss=loss, weight=weight, grad_norm=torch.zeros_like(loss), learning_rate=0.0, seconds=seconds
+        )
+
+    def participants(self) -> dict[str, Stateful]:
+        """What a checkpoint keeps: weights, moments, steps taken."""
+        return {
+            "model": _Held(self, (Kind.weight,)),
+            "optimizer": _Held(self, (Kind.first_moment, Kind.second_moment)),
+            "schedule": _Steps(self),
+        }
+
+    def _run(self, batch: Batch, *, forward_only: bool) -> Tensor:
+        """All micro-batches through the schedule; the sum of the losses [] (zero but on the last stage)."""
+        micro_batches = [
+            dict(zip(batch, rows, strict=True))
+            for rows in zip(*(tensor.split(self._micro_batch_size) for tensor in batch.values()), strict=True)
+        ]
+        outputs = self._forward_backward(
+            data_iterator=[iter(micro_batches) for _ in self._stages],
+            num_microbatches=len(micro_batches),
+            forward_only=forward_only,
+        )
+        total = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        for loss_sum in outputs:
+            total += loss_sum
+        return total
+
+    def _forward(self, micro_batches: Iterator[Batch], stage: _Stage) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        batch = next(micro_batches)
+        return stage(batch), partial(self._loss, batch)
+
+    def _loss(self, batch: Batch, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the schedule asks of the last stage: a loss to differentiate, a count (ours is global), what to report."""
+        loss_sum, _, _ = self._objective(outputs, batch, self.topology.groups.tp)
+        return loss_sum, torch.ones((), dtype=torch.int), loss_sum.detach()
+
+    def _scale(self, loss: Tensor) -> Tensor:
+        """A loss sum times what makes the reduced gradient that of the global mean."""
+        return loss * self._gradient_factor.to(loss.dtype)
+
+    def _everywhere(self, loss_sum: Tensor) -> Tensor:
+        """The sum over data-parallel slices, on every rank; only one tensor rank of the last stage contributes."""
+        if self.topology.tensor_rank or not self.topology.is_last_pipeline_stage:
+            loss_sum.zero_()
+        dist.all_reduce(loss_sum)
+        return loss_sum
+
+    def _train(self, mode: bool) -> None:
+        self.updater.module.train(mode)
+
+
+class _Held:
+    """What the optimizer holds of the given kinds, as shards of global tensors."""
+
+    def __init__(self, engine: Engine, kinds: Sequence[Kind]) -> None:
+        self._engine = engine
+        self._kinds = kinds
+
+    def state_dict(self) -> dict[str, ShardedTensor]:
+        """Shards by a name unique on this rank; all ranks call this together."""
+        state: dict[str, ShardedTensor] = {}
+        for kind in self._kinds:
+            for local in self._engine.parameters:
+                value = self._engine.updater.get(local, kind)
+                for shard in local.shards:
+                    key = f"{kind.value}.{shard.description.key}"
+                    state[f"{kind.value}.{shard.name}"] = shard.holding(value, key=key)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the shards that `state_dict` described, filled."""
+        self._engine.updater.put(self._assembled(state))
+
+    def _assembled(self, state: Mapping[str, Tensor]) -> Iterator[tuple[LocalParameter, Kind, Tensor]]:
+        for kind in self._kinds:
+            for local in self._engine.parameters:
+                value = torch.empty(local.shape, dtype=torch.float32, device=self._engine.topology.device)
+                for shard in local.shards:
+                    shard.of(value).copy_(state[f"{kind.value}.{shard.name}"])
+                yield local, kind, value
+
+
+class _Steps:
+    """The count of steps, for the schedule and for AdamW's bias correction."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._engine.schedule.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._engine.schedule.load_state_dict(state)
+        self._engine.updater.set_steps_taken(self._engine.schedule.steps_taken)

@@ -1,0 +1,208 @@
+"""The optimizer and the unsharded way to step it.
+
+`Updater` is what the engine knows of an optimizer: where gradients accumulate, when they are reduced, how a step is taken,
+what a checkpoint keeps. `ZeroUpdater` (parallel/zero.py) is DeepSpeed's; `PlainUpdater` here is stage 0: a torch optimizer
+and our own all-reduce, small enough to be read in one go. It also takes float64, so it is the oracle of every proof.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from enum import StrEnum
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.config import OptimizerConfig
+from parallel.parameters import LocalParameter
+from parallel.topology import Topology
+
+
+class Kind(StrEnum):
+    """What an optimizer holds of each parameter, each of the parameter's shape; float32 wherever training is lower."""
+
+    weight = "weight"
+    """The master weight; the weight that the forward pass reads is this, rounded to the model's dtype."""
+    first_moment = "exp_avg"
+    second_moment = "exp_avg_sq"
+
+
+class Updater(Protocol):
+    """How gradients become a step."""
+
+    module: torch.nn.Module
+    """What forward passes go through."""
+    gradient_scale: float
+    """By what a gradient must be multiplied so that, after reduction, it is the sum over data-parallel ranks."""
+
+    def accumulation(self) -> AbstractContextManager[None]:
+        """Encloses all forward and backward passes of a step; afterwards gradients are reduced."""
+        ...
+
+    def all_but_last_micro_batch(self) -> AbstractContextManager[None]:
+        """Encloses the passes after which more follow in the same step."""
+        ...
+
+    def step(self, learning_rate: float) -> Tensor:
+        """Clips, updates, clears the gradients; returns the global gradient norm [] before clipping."""
+        ...
+
+    def gradient(self, local: LocalParameter) -> Tensor:
+        """The reduced gradient of a whole local parameter, after `accumulation`; every rank of its group calls this."""
+        ...
+
+    def get(self, local: LocalParameter, kind: Kind) -> Tensor:
+        """What the optimizer holds of a whole local parameter; every rank of its data-parallel group calls this."""
+        ...
+
+    def put(self, values: Iterator[tuple[LocalParameter, Kind, Tensor]]) -> None:
+        """Replaces what the optimizer holds; weights of the forward pass follow the masters."""
+        ...
+
+    def set_steps_taken(self, steps: int) -> None:
+        """Tells the optimizer how many steps its moments stand for."""
+        ...
+
+
+def adamw(parameters: Sequence[LocalParameter], tensors: Sequence[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
+    """torch's fused AdamW over `tensors`, one for each of `parameters`; weight decay on matrices only."""
+    decayed = [tensor for local, tensor in zip(parameters, tensors, strict=True) if len(local.shape) > 1]
+    others = [tensor for local, tensor in zip(parameters, tensors, strict=True) if len(local.shape) <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def create_state(optimizer: torch.optim.AdamW) -> None:
+    """Makes AdamW's state at once instead of at the first step, so that memory and checkpoints are the same throughout."""
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            optimizer.state[tensor] = {
+                "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
+                Kind.first_moment.value: torch.zeros_like(tensor),
+                Kind.second_moment.value: torch.zeros_like(tensor),
+            }
+
+
+def set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Sets AdamW's count of steps, which its bias correction uses."""
+    for state in optimizer.state.values():
+        state["step"].fill_(steps)
+
+
+def reduce_tied(parameters: Sequence[LocalParameter], gradients: Sequence[Tensor], topology: Topology) -> None:
+    """Adds up the gradients of a tied embedding's copies on the first and the last pipeline stage."""
+    if topology.embedding_group is None:
+        return
+    for local, gradient in zip(parameters, gradients, strict=True):
+        if local.tied:
+            dist.all_reduce(gradient, group=topology.embedding_group)
+
+
+class PlainUpdater:
+    """Stage 0: every rank holds everything; gradients are summed by all-reduce, in fp32 (float64 for float64 models)."""
+
+    gradient_scale = 1.0
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        parameters: Sequence[LocalParameter],
+        *,
+        config: OptimizerConfig,
+        topology: Topology,
+    ) -> None:
+        self.module = module
+        self.parameters = parameters
+        self.topology = topology
+        self.clip_norm = config.clip_norm
+        self.masters = [
+            local.parameter if local.parameter.dtype in (torch.float32, torch.float64) else
+            local.parameter.detach().float() for local in parameters
+        ]  # fmt: skip
+        self.gradients = [torch.zeros_like(master, requires_grad=False) for master in self.masters]
+        for local, gradient in zip(parameters, self.gradients, strict=True):
+            local.parameter.register_post_accumulate_grad_hook(_add_into(gradient))
+        self.optimizer = adamw(parameters, self.masters, config)
+        create_state(self.optimizer)
+        self._index = {local.parameter: number for number, local in enumerate(parameters)}
+
+    @contextmanager
+    def accumulation(self) -> Iterator[None]:
+        for gradient in self.gradients:
+            gradient.zero_()
+        yield
+        reduce_tied(self.parameters, self.gradients, self.topology)
+        for gradient in self.gradients:
+            dist.all_reduce(gradient, group=self.topology.data_parallel_group)
+
+    def all_but_last_micro_batch(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """The global gradient norm [], each parameter of the model counted once."""
+        total = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        for local, gradient in zip(self.parameters, self.gradients, strict=True):
+            if (local.cut_over_tensor_ranks or self.topology.tensor_rank == 0) and not local.tied_copy:
+                total += gradient.double().square().sum()
+        dist.all_reduce(total, group=self.topology.model_parallel_group)
+        return total.sqrt()
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> Tensor:
+        norm = self.norm()
+        if self.clip_norm > 0:
+            factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            for gradient in self.gradients:
+                gradient.mul_(factor)
+        for master, gradient in zip(self.masters, self.gradients, strict=True):
+            master.grad = gradient
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        for local, master in zip(self.parameters, self.masters, strict=True):
+            master.grad = None
+            self._round(local, master)
+        return norm
+
+    @staticmethod
+    def _round(local: LocalParameter, master: Tensor) -> None:
+        if master is not local.parameter:
+            local.parameter.data.copy_(master)
+
+    def gradient(self, local: LocalParameter) -> Tensor:
+        return self.gradients[self._index[local.parameter]]
+
+    def get(self, local: LocalParameter, kind: Kind) -> Tensor:
+        master = self.masters[self._index[local.parameter]]
+        return master.detach() if kind is Kind.weight else self.optimizer.state[master][kind.value]
+
+    @torch.no_grad()
+    def put(self, values: Iterator[tuple[LocalParameter, Kind, Tensor]]) -> None:
+        for local, kind, value in values:
+            self.get(local, kind).copy_(value)
+            if kind is Kind.weight:
+                self._round(local, self.masters[self._index[local.parameter]])
+
+    def set_steps_taken(self, steps: int) -> None:
+        set_steps(self.optimizer, steps)
+
+
+def _add_into(total: Tensor):  # noqa: ANN202 (torch's hook type has no name)
+    """A hook that moves a fresh gradient into its float32 sum."""
+
+    def add(parameter: Tensor) -> None:
+        total.add_(parameter.grad)
+        parameter.grad = None
+
+    return add

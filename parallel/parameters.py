@@ -1,0 +1,96 @@
+"""A rank's parameters and what each is a part of.
+
+megatron-core describes a parameter by the global tensor that it is a shard of: global name, global shape, offset. This
+module reads that description once, before ZeRO flattens or partitions anything, and keeps it beside the parameter. It
+serves initial values, checkpoints and the comparison of gradients, so that all three mean the same thing by a name.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """A contiguous piece of a local parameter that is a rectangle of one global tensor."""
+
+    description: ShardedTensor
+    """Global name (`key`), shape, offset and replica number; without data."""
+    start: int
+    """First element of the piece in the flattened local parameter."""
+
+    @property
+    def name(self) -> str:
+        """A name that is unique on this rank: a SwiGLU's two halves are two pieces of one global tensor."""
+        return f"{self.description.key}@{','.join(map(str, self.description.global_offset))}"
+
+    def of(self, local: Tensor) -> Tensor:
+        """The piece of a tensor that has the whole local parameter's shape; a view."""
+        return local.flatten().narrow(0, self.start, self.description.local_shape.numel()).view(
+            self.description.local_shape
+        )
+
+    def holding(self, local: Tensor, *, key: str) -> ShardedTensor:
+        """The description under another name with the piece of `local` as its data."""
+        data = self.of(local)
+        return replace(self.description, key=key, data=data, dtype=data.dtype)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalParameter:
+    """One parameter as this rank holds it."""
+
+    parameter: torch.nn.Parameter
+    shape: torch.Size
+    """Local shape, kept because ZeRO-3 empties the parameter."""
+    shards: tuple[Shard, ...]
+    cut_over_tensor_ranks: bool
+    """Whether each tensor rank holds another part; otherwise all of them hold the same values."""
+    tied_copy: bool
+    """Whether this is the last pipeline stage's copy of a tied embedding, which counts once in a norm."""
+    tied: bool
+    """Whether first and last pipeline stage hold copies of it, whose gradients are to be added."""
+
+
+def _pieces(chunk: torch.nn.Module) -> Iterator[ShardedTensor]:
+    state = chunk.sharded_state_dict()
+    apply_factories(state)
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor) and value.data is not None:
+            yield value
+
+
+def local_parameters(chunks: Sequence[torch.nn.Module], *, last_stage_of_several: bool) -> list[LocalParameter]:
+    """Every trainable parameter of a rank's chunks, in the order of the modules."""
+    by_storage: dict[int, list[ShardedTensor]] = {}
+    for chunk in chunks:
+        for piece in _pieces(chunk):
+            by_storage.setdefault(piece.data.untyped_storage().data_ptr(), []).append(piece)
+    found: list[LocalParameter] = []
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            pieces = by_storage.get(parameter.untyped_storage().data_ptr())
+            assert pieces, f"{name} has no sharded description"
+            shards = tuple(
+                Shard(
+                    description=replace(piece, data=None, local_shape=torch.Size(piece.local_shape)),
+                    start=piece.data.storage_offset() - parameter.storage_offset(),
+                )
+                for piece in pieces
+            )
+            tied = bool(getattr(parameter, "shared_embedding", False))
+            found.append(
+                LocalParameter(
+                    parameter=parameter,
+                    shape=parameter.shape,
+                    shards=shards,
+                    cut_over_tensor_ranks=bool(getattr(parameter, "tensor_model_parallel", False)),
+                    tied_copy=tied and last_stage_of_several,
+                    tied=tied,
+                )
+            )
+    return found
