@@ -1,0 +1,52 @@
+"""What happens on one rank is known on all: without that, one rank's full disk is another rank's endless wait.
+
+Contract: local work stands inside `agreed(...)`; if it fails on any rank, every rank raises there. No collective
+operation may stand inside, because a rank that failed does not come to it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from parallel.common.errors import UserError
+
+
+def exchange[Value](value: Value) -> list[Value]:
+    """Every rank's value, in the order of the ranks."""
+    values: list[Value] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def agreed(doing: str) -> Iterator[None]:
+    """Runs the block on every rank, and fails on all if it fails on one.
+
+    Args:
+        doing: what the block does, as in "cannot {doing}: No space left on device".
+
+    Raises:
+        UserError: on all ranks, where a rank met a `UserError` or an error of the operating system.
+        RuntimeError: on the other ranks, where a rank met anything else; that rank raises the error itself.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = as_user_error(caught, doing)
+    reports = exchange(None if error is None else (isinstance(error, UserError), str(error) or repr(error)))
+    if error is not None:
+        raise error
+    for rank, report in enumerate(reports):
+        if report:
+            users, text = report
+            raise UserError(text) if users else RuntimeError(f"rank {rank} cannot {doing}: {text}")
+
+
+def as_user_error(error: Exception, doing: str) -> Exception:
+    """An error of the operating system (full disk, no permission) as one plain sentence; any other as it is."""
+    if isinstance(error, OSError) and error.strerror:
+        place = f" ({error.filename})" if error.filename else ""
+        return UserError(f"cannot {doing}: {error.strerror}{place}")
+    return error

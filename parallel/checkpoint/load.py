@@ -1,0 +1,128 @@
+"""Reading one checkpoint: verified first, file by file, then into whatever layout is asking.
+
+Every file is hashed before anything is believed (the ranks share them out); a file too many, too few or damaged is
+refused by its name. No file's content is run as code; see `shards` for the tensors. Every rank raises, or none.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from parallel.checkpoint.agreement import agreed, exchange
+from parallel.checkpoint.manifest import MANIFEST, STATE, TENSORS, FileRecord, Manifest
+from parallel.checkpoint.shards import read_shards
+from parallel.common.errors import UserError
+from parallel.common.files import hash_file
+from parallel.common.stateful import Stateful
+
+
+def load(path: Path, participants: Mapping[str, Stateful]) -> Manifest:
+    """Gives each participant its state back from the step directory `path`; every rank calls this.
+
+    A participant with tensors is asked for its `state_dict()` first: its sharded tensors say which part of which
+    global tensor this rank wants, in any layout. Participants of the checkpoint that are not asked for are passed over.
+
+    Raises:
+        UserError: on all ranks; the checkpoint is damaged, or does not fit. No participant has been given anything
+            then, though tensors that alias live memory may have been filled.
+    """
+    doing = f"load the checkpoint {path}"
+    with agreed(doing):
+        manifest = Manifest.read(path)
+        _check_names(path, manifest)
+        _check_files(path, manifest, dist.get_rank(), dist.get_world_size())
+        states = _json_states(path, manifest, participants)
+        templates = {
+            name: participant.state_dict()
+            for name, participant in participants.items()
+            if manifest.participants[name] is not None
+        }
+    _check_keys(path, manifest, templates)
+    with agreed(doing):
+        shards = [tensor for template in templates.values() for tensor in template.values()]
+        inside = {
+            name.removeprefix(f"{TENSORS}/"): record
+            for name, record in manifest.files.items()
+            if name.startswith(f"{TENSORS}/")
+        }
+        if shards:
+            read_shards(path / TENSORS, shards, inside)
+    with agreed(doing):
+        for name, participant in participants.items():
+            if name in templates:
+                participant.load_state_dict({key: _local_data(tensor) for key, tensor in templates[name].items()})
+            else:
+                participant.load_state_dict(states[name])
+    return manifest
+
+
+def _check_names(path: Path, manifest: Manifest) -> None:
+    """Every file of the manifest is there, and no other."""
+    there = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir() or file.is_symlink()}
+    expected = set(manifest.files) | {MANIFEST}
+    for name in sorted(expected - there):
+        raise UserError(f"{path / name} is missing: the checkpoint is damaged")
+    for name in sorted(there - expected):
+        raise UserError(f"{path / name} is unexpected: it does not belong to the checkpoint")
+    for name in sorted(expected):
+        if (path / name).is_symlink():
+            raise UserError(f"{path / name} is a link: a checkpoint has only plain files")
+
+
+def _check_files(path: Path, manifest: Manifest, rank: int, world_size: int) -> None:
+    """Sizes of all files, hashes of this rank's share of them."""
+    by_size = sorted(manifest.files.items(), key=lambda item: (-item[1].bytes, item[0]))
+    for number, (name, record) in enumerate(by_size):
+        size = (path / name).stat().st_size
+        if size != record.bytes:
+            raise UserError(f"{path / name} is damaged: it has {size} bytes instead of {record.bytes}")
+        if number % world_size == rank:
+            _check_hash(path / name, record)
+
+
+def _check_hash(path: Path, record: FileRecord) -> None:
+    if hash_file(path) != record.hash:
+        raise UserError(f"{path} is damaged: its content does not match the manifest's hash")
+
+
+def _json_states(path: Path, manifest: Manifest, participants: Mapping[str, Stateful]) -> dict[str, Any]:
+    """The states in `state.json`, after checking that the checkpoint knows every participant."""
+    for name in participants:
+        if name not in manifest.participants:
+            known = ", ".join(manifest.participants)
+            raise UserError(f"{path} holds no state of {name}: it holds {known}")
+    try:
+        states = json.loads((path / STATE).read_bytes())
+        return {name: states[name] for name in participants if manifest.participants[name] is None}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / STATE} is refused: it is not the state of the participants ({error!r})") from None
+
+
+def _check_keys(path: Path, manifest: Manifest, templates: Mapping[str, Mapping[str, ShardedTensor]]) -> None:
+    """What the checkpoint holds for a participant is what the ranks ask for, together: nothing more, nothing less."""
+    mine = {name: {tensor.key for tensor in template.values()} for name, template in templates.items()}
+    everywhere = exchange(mine)
+    for name in templates:
+        wanted = set().union(*(rank[name] for rank in everywhere))
+        stored = set(manifest.participants[name] or ())
+        for here, there, text in ((wanted, stored, "does not have"), (stored, wanted, "has")):
+            surplus = sorted(here - there)
+            if surplus:
+                others = f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""
+                raise UserError(
+                    f"{path} does not fit the configured {name}: it {text} the tensor {surplus[0]}{others}, "
+                    f"which the {name} {'needs' if here is wanted else 'lacks'}"
+                )
+
+
+def _local_data(tensor: ShardedTensor) -> torch.Tensor:
+    """A loaded shard in its local shape; megatron-core puts leading axes of length one before stacked layers."""
+    if tensor.data is None:
+        tensor.init_data("cpu")
+    assert tensor.data is not None
+    return tensor.data.view(tensor.local_shape) if tensor.prepend_axis_num else tensor.data
