@@ -14,9 +14,8 @@ with the same bytes as one that was not: there are no times, host names or paths
 """
 
 import errno
-import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +27,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_pipeline.indexed import dtype_for, index_parts, read_ids, read_index
+from data_pipeline.manifest import FILE_NAME, FORMAT, Manifest, Shard, checksum, totals
 from data_pipeline.tokenizer import Tokenizer
 from parallel.common.errors import UserError
-from parallel.common.files import hash_bytes, hash_file, sync_directory
+from parallel.common.files import hash_file, sync_directory
 from parallel.common.lines import JsonLines
 
-FORMAT = 1
 TRAINING = "training"
 VALIDATION = "validation"
 _SUFFIXES = ("bin", "idx", "docs.parquet")
-_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_DTYPES: dict[str, np.dtype[np.unsignedinteger]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,43 +48,6 @@ class TokenizedDocument:
     """Its ids, without the end of document: the writer puts that."""
     text_bytes: int
     """Length of the text in UTF-8, for bits per byte."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shard:
-    """A sealed shard, as the manifest names it."""
-
-    index: int
-    source: str
-    split: str
-    documents: int
-    tokens: int
-    """Every document's end included."""
-    text_bytes: int
-    files: dict[str, dict[str, Any]]
-    """{file name: {"bytes": size, "hash": xxh3-128}}."""
-
-    @property
-    def stem(self) -> str:
-        return f"shard-{self.index:05d}"
-
-    def record(self) -> dict[str, Any]:
-        """Its line of the manifest, without the checksum."""
-        return {
-            "kind": "shard",
-            "index": self.index,
-            "source": self.source,
-            "split": self.split,
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "text_bytes": self.text_bytes,
-            "files": self.files,
-        }
-
-
-def _checksum(record: dict[str, Any]) -> str:
-    plain = {key: value for key, value in record.items() if key != "checksum"}
-    return hash_bytes(json.dumps(plain, ensure_ascii=False, allow_nan=False).encode())
 
 
 def _header(tokenizer: Tokenizer, configuration: str) -> dict[str, Any]:
@@ -103,70 +65,10 @@ def _header(tokenizer: Tokenizer, configuration: str) -> dict[str, Any]:
     }
 
 
-def _totals(shards: Iterable[Shard]) -> dict[str, int]:
-    shards = list(shards)
-    return {
-        "shards": len(shards),
-        "documents": sum(shard.documents for shard in shards),
-        "tokens": sum(shard.tokens for shard in shards),
-        "text_bytes": sum(shard.text_bytes for shard in shards),
-    }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Manifest:
-    """The whole lines of a manifest; a torn last line is not there."""
-
-    header: dict[str, Any]
-    shards: tuple[Shard, ...]
-    ended: bool
-
-    @classmethod
-    def read(cls, path: Path) -> "_Manifest | None":
-        """Reads and verifies; None where not even the header was written.
-
-        Raises:
-            UserError: a line was changed, lines are missing, or a file is missing or of another size.
-        """
-        file = path / "manifest.jsonl"
-        try:
-            records = list(JsonLines(file))
-        except ValueError as error:
-            raise UserError(f"{file} is damaged: a line in it is not JSON; build the store again") from error
-        for number, record in enumerate(records, start=1):
-            if not isinstance(record, dict) or record.get("checksum") != _checksum(record):
-                raise UserError(f"{file} is damaged: line {number} does not match its checksum; build the store again")
-            del record["checksum"]
-        if not records:
-            return None
-        header, *rest = records
-        if header["kind"] != "header" or header["format"] != FORMAT:
-            raise UserError(f"{file} has no header of store format {FORMAT}: build the store again")
-        ended = bool(rest) and rest[-1]["kind"] == "end"
-        end = rest.pop() if ended else None
-        if any(record["kind"] != "shard" or record["index"] != index for index, record in enumerate(rest)):
-            raise UserError(f"{file} is damaged: its shards are not numbered in order; build the store again")
-        shards = tuple(Shard(**{key: value for key, value in record.items() if key != "kind"}) for record in rest)
-        if end is not None and end != {"kind": "end", **_totals(shards)}:
-            raise UserError(f"{file} is damaged: its totals are not those of its shards; build the store again")
-        for shard in shards:
-            _verify_sizes(path, shard)
-        return cls(header=header, shards=shards, ended=ended)
-
-
-def _verify_sizes(path: Path, shard: Shard) -> None:
-    for name, facts in shard.files.items():
-        file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != facts["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes instead of {facts['bytes']}"
-            raise UserError(f"{file} {found}: the store is damaged, build it again")
-
-
 class Store:
     """A finished store, read-only."""
 
-    def __init__(self, path: Path, manifest: _Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self._manifest = manifest
         facts = manifest.header["tokenizer"]
@@ -185,7 +87,7 @@ class Store:
         Raises:
             UserError: it is missing, unfinished or damaged.
         """
-        manifest = _Manifest.read(path)
+        manifest = Manifest.read(path)
         if manifest is None:
             raise UserError(f"there is no token store at {path}: make it with `bloomery data build`")
         if not manifest.ended:
@@ -285,8 +187,8 @@ class StoreWriter:
         self._dtype = dtype_for(tokenizer.vocabulary_size)
         header = _header(tokenizer, configuration)
         path.mkdir(parents=True, exist_ok=True)
-        self._lines = JsonLines(path / "manifest.jsonl")
-        manifest = _Manifest.read(path)
+        self._lines = JsonLines(path / FILE_NAME)
+        manifest = Manifest.read(path)
         self._shards = list(manifest.shards) if manifest else []
         self.finished: bool = manifest is not None and manifest.ended
         """The store is whole; nothing can be added."""
@@ -366,7 +268,7 @@ class StoreWriter:
         """Ends the manifest, which makes the store readable; does nothing where it has ended already."""
         if not self.finished:
             with _room_on_disk(self.path):
-                self._append({"kind": "end", **_totals(self._shards)})
+                self._append({"kind": "end", **totals(self._shards)})
             self.finished = True
         return Store.open(self.path)
 
@@ -407,7 +309,7 @@ class StoreWriter:
 
     def _append(self, record: dict[str, Any]) -> None:
         """Adds a line to the manifest; it is on the disk when this returns."""
-        self._lines.append({**record, "checksum": _checksum(record)})
+        self._lines.append({**record, "checksum": checksum(record)})
         descriptor = os.open(self._lines.path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
