@@ -4,6 +4,7 @@ It is set before anything imports torch or DeepSpeed, because both read it once.
 """
 
 import os
+import warnings
 from pathlib import Path
 
 _ENVIRONMENT = {
@@ -19,3 +20,9 @@ if not Path("/dev/nvidiactl").exists():
     _ENVIRONMENT |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 os.environ.update(_ENVIRONMENT)
+
+# The libraries below us warn while they are imported (deprecations of their own); warnings are errors only in what runs.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import megatron.core.models.hybrid.hybrid_model  # noqa: E402
+    from deepspeed.runtime import engine  # noqa: E402, F401
