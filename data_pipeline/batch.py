@@ -36,8 +36,7 @@ def make_batch(
         mask_documents: Whether segments are told apart; otherwise a row is one.
     """
     rows, length = ids.shape[0], ids.shape[1] - 1
-    inputs = ids[:, :-1].astype(np.int64)
-    labels = ids[:, 1:].astype(np.int64)
+    inputs, labels = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
     weights = np.ones((rows, length), dtype=np.float32)
     if (labels_in_row < length).any():
         beyond = np.arange(length) >= labels_in_row[:, None]

@@ -29,6 +29,8 @@ from parallel.common.files import hash_bytes
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
+_TOKENS_AT_ONCE = 1 << 17
+"""Batches smaller than this are made several at a time; 4 MiB of tensors."""
 _COUNTED_AT_ONCE = 1 << 24
 
 
@@ -81,6 +83,7 @@ class Loader:
         self._mask_documents = mask_documents
         self._seed = seed
         self._position = 0
+        self._ready: list[dict[str, Tensor]] = []
         self._fingerprint = {
             "store": _content_hash(store, split, self._mixture.sources),
             "split": split,
@@ -105,26 +108,30 @@ class Loader:
 
     def next_batch(self) -> dict[str, Tensor]:
         """This rank's rows of the next global batch; keys and shapes as in `batch`."""
+        if not self._ready:
+            self._ready = self._make_batches()
+        self._position += self._global_batch_size
+        return self._ready.pop()
+
+    def _make_batches(self) -> list[dict[str, Tensor]]:
+        """Some batches from the position on, the next one last: small batches are made together, which is quicker."""
+        count = max(1, _TOKENS_AT_ONCE // (self._rows * self._length))
         rows = np.arange(self._first_row, self._first_row + self._rows)
-        real = rows < self._global_batch_size
-        sample_ids = np.where(real, self._position + rows, -1)
-        batch = make_batch(
-            self._read(sample_ids),
+        starts = self._position + np.arange(count) * self._global_batch_size
+        real = np.tile(rows < self._global_batch_size, count)
+        sample_ids = np.where(real, np.add.outer(starts, rows).ravel(), -1)
+        ids = np.zeros((len(sample_ids), self._length + 1), dtype=self._store.dtype)
+        _fill(ids, np.flatnonzero(real), self._streams, *self._mixture.locate(sample_ids[real]))
+        together = make_batch(
+            ids,
             sample_ids=sample_ids,
             labels_in_row=np.where(real, self._length, 0),
             end_of_document=self._store.end_of_document,
             padding=self._store.padding,
             mask_documents=self._mask_documents,
         )
-        self._position += self._global_batch_size
-        return batch
-
-    def _read(self, sample_ids: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
-        """Ids of the samples at some positions of the order, [samples, sequence_length + 1]; zeros for -1."""
-        ids = np.zeros((len(sample_ids), self._length + 1), dtype=self._store.dtype)
-        real = np.flatnonzero(sample_ids >= 0)
-        _fill(ids, real, self._streams, *self._mixture.locate(sample_ids[real]))
-        return ids
+        split = [tensor.split(self._rows) for tensor in together.values()]
+        return [dict(zip(together, tensors, strict=True)) for tensors in zip(*split, strict=True)][::-1]
 
     def state_dict(self) -> dict[str, Any]:
         """The same on every rank; plain JSON, under 4 KiB with up to some 100 sources."""
@@ -153,6 +160,7 @@ class Loader:
                 f"{', '.join(differences)}; restore what changed, or start a new run from its weights"
             )
         self._position = state["position"]
+        self._ready = []
         assert self.ledger == state["ledger"]
 
 

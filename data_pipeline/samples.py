@@ -200,11 +200,14 @@ def segments(inputs: NDArray[np.integer], end_of_document: int) -> tuple[NDArray
     Returns:
         positions int64 and document_ids int32, both [samples, sequence].
     """
+    length = inputs.shape[1]
     begins = inputs == end_of_document
     begins[:, 0] = True
-    document_ids = np.cumsum(begins, axis=1, dtype=np.int32)
-    document_ids -= 1
     borders = np.flatnonzero(begins)
+    lengths = np.diff(borders, append=inputs.size)
+    first_of_row = np.flatnonzero(borders % length == 0)
+    numbers = np.arange(len(borders)) - first_of_row[borders // length]
     positions = np.arange(inputs.size)
-    positions -= np.repeat(borders, np.diff(borders, append=inputs.size))
-    return positions.reshape(inputs.shape), document_ids
+    positions -= np.repeat(borders, lengths)
+    document_ids = np.repeat(numbers.astype(np.int32), lengths)
+    return positions.reshape(inputs.shape), document_ids.reshape(inputs.shape)
