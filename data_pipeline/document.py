@@ -117,7 +117,7 @@ class Parts:
     """The documents that a finished stage wrote."""
 
     def __init__(self, directory: Path, groups: Iterable[dict[str, Any]]) -> None:
-        self._directory = directory
+        self.directory = directory
         self.groups = tuple(Group(**group) for group in groups)
         self.rows = sum(group.rows for group in self.groups)
         self.text_bytes = sum(group.text_bytes for group in self.groups)
@@ -125,7 +125,7 @@ class Parts:
 
     def read(self, group: Group, columns: Sequence[str] = ("id", "text")) -> pa.RecordBatch:
         """One batch, or some columns of it."""
-        with pq.ParquetFile(self._directory / group.file, page_checksum_verification=True) as file:
+        with pq.ParquetFile(self.directory / group.file, page_checksum_verification=True) as file:
             table = file.read_row_group(group.row_group, columns=list(columns), use_threads=False)
         return table.combine_chunks().to_batches()[0]
 
@@ -134,6 +134,12 @@ class Parts:
         number = {source: index for index, source in enumerate(self.sources)}
         numbers = np.array([number[group.source] for group in self.groups], dtype=np.int16)
         return np.repeat(numbers, [group.rows for group in self.groups])
+
+    def document(self, row: int) -> tuple[str, str]:
+        """Id and text of one row."""
+        group = next(group for group in self.groups if row < group.first_row + group.rows)
+        batch = self.read(group)
+        return batch.column("id")[row - group.first_row].as_py(), batch.column("text")[row - group.first_row].as_py()
 
     def ids(self, rows: NDArray[np.int64]) -> list[str]:
         """Ids of some rows, in the order in which they are given; reads only the batches that hold one."""
