@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.logs import quiet_imports
 from launcher.work import Work, is_first_rank
 from parallel.common.errors import ConfigError, UserError
 
@@ -95,7 +96,9 @@ def _dispatch(given: list[str]) -> int:
         raise UserError(f"{given[0]} is not a verb of bloomery: {hint}")
     answer: Any = importlib.import_module(verb.module).main(given[1:])
     if isinstance(answer, Work):
-        return importlib.import_module(answer.module).work(answer.job)
+        with quiet_imports(answer.rank, answer.logs):
+            module = importlib.import_module(answer.module)
+        return module.work(answer.job)
     return answer
 
 

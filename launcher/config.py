@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -116,7 +116,7 @@ def load(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> RunConfi
         UserError: a file is missing or is not YAML, a key is unknown, a value has the wrong type; the sentence names
             the file (or the override) and the key.
     """
-    plain = OmegaConf.create({})
+    plain: Any = OmegaConf.create({})
     typed = OmegaConf.structured(RunConfig)
     for file in files:
         plain = OmegaConf.merge(plain, _read(Path(file)))
@@ -128,8 +128,7 @@ def load(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> RunConfi
         values = OmegaConf.to_container(typed, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
         raise UserError(f"{_sentence(error)}.") from error
-    assert isinstance(values, dict)
-    return _instantiate(RunConfig, values)
+    return _instantiate(RunConfig, cast(dict[str, Any], values))
 
 
 def require(config: RunConfig, *sections: str) -> None:
@@ -213,7 +212,7 @@ def _overridden(plain: Any, override: str) -> Any:
     try:
         read = OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)
         assert isinstance(read, dict)
-        OmegaConf.update(changed, key, read["value"], merge=True)
+        OmegaConf.update(cast(Any, changed), key, read["value"], merge=True)
     except yaml.YAMLError as error:
         raise UserError(f"the override {override} has a value that is not valid YAML.") from error
     except (OmegaConfBaseException, AssertionError, IndexError, ValueError) as error:

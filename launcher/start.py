@@ -10,6 +10,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,22 +23,24 @@ from parallel.common.errors import UserError
 _HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
-def start_ranks(arguments: Sequence[str], *, ranks: int, outcome: Path) -> int:
-    """Runs `bloomery ARGUMENTS` on N local ranks; returns what they report through the `outcome` file.
+def start_ranks(arguments: Sequence[str], *, ranks: int) -> int:
+    """Runs `bloomery ARGUMENTS` on N local ranks; returns what they report through a file.
 
     Raises:
         UserError: the ranks reported a mistake of the user; the sentence is theirs.
     """
     attempt = secrets.token_hex(8)
     command = [sys.executable, "-P", "-m", "launcher.agent", "--standalone", "--nproc-per-node", str(ranks)]
-    process = subprocess.Popen(
-        [*command, "-m", "launcher", *arguments],
-        env=_environment(ranks, attempt, outcome),
-        start_new_session=True,
-    )
-    with _signals_handed_on(process.pid):
-        code = process.wait()
-    reported = Outcome.read(outcome)
+    with tempfile.TemporaryDirectory(prefix="bloomery-") as scratch:
+        outcome = Path(scratch) / "outcome.json"
+        process = subprocess.Popen(
+            [*command, "-m", "launcher", *arguments],
+            env=_environment(ranks, attempt, outcome),
+            start_new_session=True,
+        )
+        with _signals_handed_on(process.pid):
+            code = process.wait()
+        reported = Outcome.read(outcome)
     if reported is None or reported.attempt != attempt:
         print(f"bloomery: the ranks ended without a word (torchrun's exit code: {code}).", file=sys.stderr)
         return code if code == 2 else 1
@@ -65,7 +68,7 @@ def _environment(ranks: int, attempt: str, outcome: Path) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",
         STARTER_VARIABLE: str(os.getpid()),
         ATTEMPT_VARIABLE: attempt,
-        OUTCOME_VARIABLE: str(outcome.resolve()),
+        OUTCOME_VARIABLE: str(outcome),
     }
 
 
@@ -83,7 +86,8 @@ def _signals_handed_on(agent: int) -> Iterator[None]:
         if again or not workers:
             send(agent, signal.SIGKILL if again else signal.SIGTERM)
 
-    before = {number: signal.signal(number, hand_on) for number in _HANDED_ON}
+    handed_on = [number for number in _HANDED_ON if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, hand_on) for number in handed_on}
     try:
         yield
     finally:

@@ -28,6 +28,9 @@ class Work:
 
     module: str
     job: Any
+    rank: int
+    logs: Path
+    """Directory for what libraries say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,152 @@
+"""Configuration to objects: the table of contents of a run.
+
+    config -> topology -> model -> data -> loop -> checkpoints -> tracking
+
+Read it from top to bottom to know what a run is made of; each line names the room where its part lives.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from data_pipeline.loader import Loader
+from data_pipeline.store import TRAINING, Store
+from launcher import config as configuration
+from launcher.config import RunConfig, WandbMode
+from launcher.display import Display, make_display
+from launcher.evaluation.validation import Validation
+from launcher.meter import Meter
+from launcher.preempt import Preempt
+from launcher.progress import Every, Progress
+from launcher.run_directory import RunDirectory
+from launcher.runtime import COLLECTIVE_LIMIT
+from launcher.tracking import Tracker, WeightsAndBiases
+from model.build import build
+from model.objectives import causal_language_modelling
+from parallel.checkpoint.checkpoints import Checkpoints
+from parallel.common.stateful import Stateful
+from parallel.engine import Engine, Objective
+from parallel.precision import model_dtype
+from parallel.schedules import Schedule
+from parallel.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """Everything that the training loop works with."""
+
+    topology: Topology
+    vocabulary_size: int
+    engine: Engine
+    loader: Loader
+    progress: Progress
+    preempt: Preempt
+    validation: Validation
+    logging: Every
+    saving: Every
+    checkpoints: Checkpoints
+    participants: dict[str, Stateful]
+    meter: Meter
+    display: Display
+    tracker: Tracker
+
+
+def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preempt: Preempt) -> Parts:
+    """Builds the run on this rank; every rank calls this, `torch.distributed` is initialised."""
+    train, steps = config.train, configuration.total_steps(config)
+    store = Store.open(Path(config.data.store))
+    topology = Topology.create(config.parallel)
+    engine = make_engine(config, store=store, topology=topology, objective=causal_language_modelling)
+    loader = Loader(
+        store,
+        split=TRAINING,
+        mixture=config.data.mixture,
+        sequence_length=train.sequence_length,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        dp_rank=topology.data_parallel_rank,
+        dp_size=topology.data_parallel_size,
+        seed=config.run.seed,
+        mask_documents=config.data.mask_documents,
+    )
+    progress = Progress(
+        total_steps=steps, global_batch_size=train.global_batch_size, sequence_length=train.sequence_length
+    )
+    checkpoints = Checkpoints(
+        directory.checkpoints,
+        keep=config.checkpoint.keep,
+        attempt=attempt,
+        layout=dict(topology.describe()),
+        config=configuration.to_dict(config),
+    )
+    display = make_display(topology.rank)
+    preempt.join(_control_group(topology))
+    return Parts(
+        topology=topology,
+        vocabulary_size=vocabulary_size(config, store),
+        engine=engine,
+        loader=loader,
+        progress=progress,
+        preempt=preempt,
+        validation=Validation(config, store=store, topology=topology, total_steps=steps),
+        logging=Every(train.log_every_steps, config.evaluate.every_steps, besides=(1, steps)),
+        saving=Every(config.checkpoint.every_steps, besides=(steps,)),
+        checkpoints=checkpoints,
+        participants={**engine.participants(), "loader": loader, "progress": progress},
+        meter=Meter(
+            model=config.model,
+            vocabulary_size=vocabulary_size(config, store),
+            sequence_length=train.sequence_length,
+            topology=topology,
+            dtype=model_dtype(config.precision),
+        ),
+        display=display,
+        tracker=_tracker(config, directory, display, rank=topology.rank),
+    )
+
+
+def make_engine(config: RunConfig, *, store: Store, topology: Topology, objective: Objective) -> Engine:
+    """The model with its optimizer, initialised from the seed."""
+    chunks = build(
+        config.model,
+        vocabulary_size=vocabulary_size(config, store),
+        sequence_length=config.train.sequence_length,
+        dtype=model_dtype(config.precision),
+        topology=topology,
+        seed=config.run.seed,
+    )
+    return Engine(
+        chunks,
+        objective=objective,
+        topology=topology,
+        optimizer=config.optimizer,
+        schedule=Schedule(config.optimizer, configuration.total_steps(config)),
+        micro_batch_size=config.train.micro_batch_size,
+        sequence_length=config.train.sequence_length,
+    )
+
+
+def vocabulary_size(config: RunConfig, store: Store) -> int:
+    """Rows of the embedding: the store's vocabulary unless the model says otherwise."""
+    return config.model.vocabulary_size or store.vocabulary_size
+
+
+def _control_group(topology: Topology) -> ProcessGroup | None:
+    """All ranks over gloo, for what the hosts agree on without waiting for a device."""
+    if topology.world_size == 1:
+        return None
+    group = dist.new_group(backend="gloo", timeout=COLLECTIVE_LIMIT)
+    assert isinstance(group, ProcessGroup)  # every rank is a member
+    return group
+
+
+def _tracker(config: RunConfig, directory: RunDirectory, display: Display, *, rank: int) -> Tracker:
+    if rank != 0:
+        return Tracker(metrics=None, display=display, remote=None)
+    remote = None
+    if config.tracking.wandb.mode is not WandbMode.disabled:
+        shown = configuration.to_dict(config)
+        remote = WeightsAndBiases(config.tracking.wandb, run=directory.path, name=config.run.name, shown=shown)
+    return Tracker(metrics=directory.metrics, display=display, remote=remote)

@@ -1,0 +1,48 @@
+"""The validation loss inside the training loop: the same first batches of the validation documents each time."""
+
+from collections.abc import Sequence
+from itertools import islice
+
+from torch import Tensor
+
+from data_pipeline.loader import single_pass
+from data_pipeline.store import VALIDATION, Store
+from launcher.config import RunConfig
+from launcher.progress import Every
+from parallel.engine import Engine
+from parallel.topology import Topology
+
+
+class Validation:
+    """Looks at a fixed sample of the validation documents when it is due."""
+
+    def __init__(self, config: RunConfig, *, store: Store, topology: Topology, total_steps: int) -> None:
+        """Reads nothing unless `evaluate.every_steps` asks for it."""
+        every = config.evaluate.every_steps
+        self.schedule = Every(every, besides=() if every is None else (total_steps,))
+        self._batches: Sequence[dict[str, Tensor]] = ()
+        if every is not None:
+            batches = single_pass(
+                store,
+                VALIDATION,
+                sequence_length=config.train.sequence_length,
+                global_batch_size=config.train.global_batch_size,
+                micro_batch_size=config.train.micro_batch_size,
+                dp_rank=topology.data_parallel_rank,
+                dp_size=topology.data_parallel_size,
+                mask_documents=config.data.mask_documents,
+            )
+            self._batches = list(islice(batches, config.evaluate.batches))
+
+    def due(self, step: int) -> bool:
+        """Whether to look after this step."""
+        return self.schedule.due(step)
+
+    def loss(self, engine: Engine) -> dict[str, float]:
+        """`{"validation_loss": mean nats a token}`; all ranks call this together."""
+        total = weight = 0.0
+        for batch in self._batches:
+            result = engine.evaluate(batch)
+            total += result.loss.item() * result.weight.item()
+            weight += result.weight.item()
+        return {"validation_loss": total / weight}

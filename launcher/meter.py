@@ -1,0 +1,124 @@
+"""What a logged step reports: loss, rates, memory, and where the time went.
+
+Reading a tensor waits for the device, so it happens here alone, at logged steps; all ranks call `summarise` together,
+because memory and the hash of the samples are taken over all of them.
+
+Model FLOPs utilisation is given in both counts that the field uses: `mfu_causal` counts the half of the attention
+matrix that a causal model needs, `mfu_full` all of it. Without a known peak (a CPU) both are None.
+"""
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launcher.progress import Progress
+from model.config import ModelConfig
+from model.size import flops_per_token
+from parallel.common.files import hash_bytes
+from parallel.engine import StepResult
+from parallel.topology import Topology
+
+PEAK_FLOPS = {
+    ("H200", torch.bfloat16): 989e12,
+    ("H100", torch.bfloat16): 989e12,
+    ("A100", torch.bfloat16): 312e12,
+}
+"""Dense matrix products of one device in a second, from the makers' data sheets."""
+_PHASES = ("data", "forward_backward", "communication", "optimizer", "save")
+_PAUSES = ("save", "evaluate")
+
+
+class Meter:
+    """Collects between two logged steps, summarises at them."""
+
+    def __init__(
+        self, *, model: ModelConfig, vocabulary_size: int, sequence_length: int, topology: Topology, dtype: torch.dtype
+    ) -> None:
+        peak = _peak_flops(topology.device, dtype)
+        self._flops_share = {
+            name: flops_per_token(model, vocabulary_size, sequence_length, causal=causal) / (peak * topology.world_size)
+            if peak
+            else None
+            for name, causal in (("mfu_causal", True), ("mfu_full", False))
+        }
+        self._topology = topology
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._started = time.perf_counter()
+        self._tokens = 0
+
+    def begin(self, progress: Progress) -> None:
+        """The clock starts; what came before (a resumed run's tokens, building) does not count."""
+        self._window(progress)
+
+    def timed[Result](self, phase: str, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Runs `work` and adds its time to a phase."""
+        started = time.perf_counter()
+        try:
+            return work(*arguments)
+        finally:
+            self._seconds[phase] += time.perf_counter() - started
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Adds the phases that the engine measured in a step."""
+        for phase, value in seconds.items():
+            self._seconds[phase] += value
+
+    def summarise(self, progress: Progress, batch: Mapping[str, Tensor], result: StepResult) -> dict[str, Any]:
+        """The record of a logged step, for `metrics.jsonl`; times are sums since the record before."""
+        loss, grad_norm = result.loss.item(), result.grad_norm.item()
+        elapsed = time.perf_counter() - self._started - sum(self._seconds[phase] for phase in _PAUSES)
+        rate = (progress.tokens - self._tokens) / elapsed
+        record = {
+            "step": progress.step,
+            "loss": loss,
+            "tokens": progress.tokens,
+            "samples": progress.samples,
+            "learning_rate": result.learning_rate,
+            "grad_norm": grad_norm,
+            "tokens_per_second": rate,
+            **{name: None if share is None else rate * share for name, share in self._flops_share.items()},
+            "memory_bytes": self._memory_bytes(),
+            **{f"time_{phase}_seconds": self._seconds[phase] for phase in _PHASES},
+            "batch_hash": self._batch_hash(batch["sample_ids"]),
+        }
+        self._window(progress)
+        return record
+
+    def _window(self, progress: Progress) -> None:
+        self._seconds.clear()
+        self._started = time.perf_counter()
+        self._tokens = progress.tokens
+
+    def _memory_bytes(self) -> int:
+        """Highest use so far on any rank: of the device, or of the process where the device is the CPU."""
+        device = self._topology.device
+        if device.type == "cuda":
+            used = torch.cuda.max_memory_allocated(device)
+        else:
+            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        highest = torch.tensor(used, dtype=torch.int64, device=device)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return int(highest)
+
+    def _batch_hash(self, sample_ids: Tensor) -> str:
+        """Hash of the ids of the global batch: the same for every layout."""
+        group = self._topology.data_parallel_group
+        mine = sample_ids.to(self._topology.device)
+        slices = [torch.empty_like(mine) for _ in range(group.size())]
+        dist.all_gather(slices, mine, group=group)
+        ids = torch.cat(slices).cpu()
+        return hash_bytes(ids[ids >= 0].sort().values.numpy().tobytes())
+
+
+def _peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for (part, kind), peak in PEAK_FLOPS.items() if part in name and kind == dtype), None)

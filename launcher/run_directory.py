@@ -1,0 +1,193 @@
+"""The directory of one run: what stands in it, who may write to it, and which changes of the configuration it bears.
+
+    config.yaml  history.jsonl  metrics.jsonl  events.jsonl  outcome.json  lock  checkpoints/  wandb/  logs/
+
+Contract: one live process group writes to a run. The lock is an advisory lock of the operating system on the file
+`lock`, which a dead process cannot hold; its content names the holder for those who are refused. Only rank 0 writes
+here (checkpoints and logs excepted). Imports without torch.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from launcher import config as configuration
+from launcher.config import RunConfig
+from launcher.outcome import Outcome
+from parallel.common.errors import ConfigError, Problem, UserError
+from parallel.common.lines import JsonLines
+
+_FREE_TO_CHANGE = (
+    "run.name", "run.dir", "parallel.", "train.micro_batch_size", "train.log_every_steps", "checkpoint.", "evaluate.",
+    "tracking.", "data.sources", "data.store", "data.stages.", "data.tokenizer.", "data.validation.",
+    "data.shard_tokens",
+)  # fmt: skip
+"""Keys that change neither the samples nor the numbers that are computed from them, rounding apart. What the store was
+built from is the store's own matter: the loader refuses another one."""
+_PACKAGES = ("torch", "megatron-core", "deepspeed")
+
+
+class RunDirectory:
+    """Paths and records of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.outcome = path / "outcome.json"
+        self.checkpoints = path / "checkpoints"
+        self.logs = path / "logs"
+        self.metrics = JsonLines(path / "metrics.jsonl")
+        self.history = JsonLines(path / "history.jsonl")
+        self.events = JsonLines(path / "events.jsonl")
+
+    def has_checkpoint(self) -> bool:
+        """Whether some step was saved: from then on the configuration is what the run is."""
+        return any(self.checkpoints.glob("step-*"))
+
+    def finished(self, config: RunConfig) -> bool:
+        """Whether the last step of this configuration was reached and saved."""
+        outcome = Outcome.read(self.outcome)
+        steps = configuration.total_steps(config)
+        saved = (self.checkpoints / f"step-{steps:08d}" / "manifest.json").is_file()
+        return outcome is not None and outcome.exit_code == 0 and outcome.step == steps and saved
+
+    def differences(self, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+        """{key: (value in the run, value now)} of everything that differs from the run's configuration."""
+        if not self.config.is_file():
+            return {}
+        before = configuration.flatten(configuration.to_dict(configuration.load([self.config])))
+        now = configuration.flatten(configuration.to_dict(config))
+        keys = list(dict.fromkeys((*before, *now)))
+        return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+
+    def check_unchanged(self, config: RunConfig) -> None:
+        """Refuses a configuration that would silently make another run of this one, once a step was saved.
+
+        Raises:
+            ConfigError: with every key that must not change.
+        """
+        if not self.has_checkpoint():
+            return
+        problems = [
+            Problem(key=key, got=now, legal=f"{before!r} as in {self.path}, or a new run.name{_because(key)}")
+            for key, (before, now) in self.differences(config).items()
+            if not key.startswith(_FREE_TO_CHANGE)
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+
+class Records:
+    """What an attempt writes down about itself; only rank 0 does."""
+
+    def __init__(self, directory: RunDirectory, *, attempt: str, writes: bool) -> None:
+        self._directory = directory
+        self._attempt = attempt
+        self._writes = writes
+
+    def begin(self, config: RunConfig, *, layout: Mapping[str, Any], step: int) -> None:
+        """Opens the records for an attempt that goes on after `step`: later metrics are cut off."""
+        if not self._writes:
+            return
+        directory = self._directory
+        for lines in (directory.history, directory.events):
+            lines.keep(lambda _: True)
+        directory.metrics.keep(lambda record: record["step"] <= step)
+        directory.history.append(
+            {
+                "attempt": self._attempt,
+                "time": time.time(),
+                "from_step": step,
+                "config_changes": {key: list(values) for key, values in directory.differences(config).items()},
+                "layout": dict(layout),
+                "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+                "job": {"host": socket.gethostname(), "process": os.getpid(), **_slurm()},
+            }
+        )
+        configuration.save(config, directory.config)
+        self.event("started" if step == 0 else "resumed", step=step)
+
+    def event(self, name: str, *, step: int, **facts: Any) -> None:
+        """Adds a line to `events.jsonl`."""
+        if self._writes:
+            known = {"time": time.time(), "event": name, "attempt": self._attempt, "step": step}
+            self._directory.events.append({**known, **facts})
+
+
+class Lock:
+    """The right to write to a run, held until the process ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open(path, "a+")  # noqa: SIM115 - it stays open as long as the lock is held
+
+    def take(self, attempt: str) -> None:
+        """Takes the lock and writes who holds it.
+
+        Raises:
+            UserError: a live process holds it.
+        """
+        self._try()
+        self._file.seek(0)
+        self._file.truncate()
+        json.dump({"process": os.getpid(), "host": socket.gethostname(), "attempt": attempt}, self._file)
+        self._file.flush()
+
+    def release(self) -> None:
+        """Lets others have it."""
+        self._file.close()
+
+    @staticmethod
+    def attempt(path: Path) -> str | None:
+        """Token of the attempt that took the lock last."""
+        try:
+            return json.loads(path.read_text())["attempt"]
+        except (OSError, ValueError, KeyError):
+            return None
+
+    @classmethod
+    def check_free(cls, path: Path) -> None:
+        """Refuses at once where a live process holds the lock; takes nothing.
+
+        Raises:
+            UserError: names the holder.
+        """
+        if path.is_file():
+            lock = cls(path)
+            try:
+                lock._try()
+            finally:
+                lock.release()
+
+    def _try(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.seek(0)
+            try:
+                holder = json.loads(self._file.read())
+                who = f"process {holder['process']} on {holder['host']}"
+            except (ValueError, KeyError):
+                who = "another process"
+            self._file.close()
+            raise UserError(
+                f"the run {self._path.parent} is being written by {who}: wait until it ends, or stop it."
+            ) from error
+
+
+def _because(key: str) -> str:
+    if key in ("train.steps", "train.tokens"):
+        return " (the learning rate follows from the length of the run, so another length is another run)"
+    return ""
+
+
+def _slurm() -> dict[str, str]:
+    names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_ARRAY_TASK_ID")
+    return {name.lower(): os.environ[name] for name in names if name in os.environ}

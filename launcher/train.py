@@ -1,0 +1,119 @@
+"""The loop: one page that names what happens in a step, and nothing about which feature is on.
+
+A run goes on by itself: the same directory resumes from its newest whole checkpoint, and on the same layout every later
+loss has the same bits as if nothing had happened. That works because nothing random is stored: the order of samples is
+a function of (seed, position), initial values of (seed, name), and a checkpoint keeps positions, weights and moments.
+"""
+
+import logging
+import math
+import signal
+from pathlib import Path
+
+from launcher.assemble import Parts, assemble
+from launcher.config import RunConfig
+from launcher.outcome import Outcome
+from launcher.preempt import Preempt
+from launcher.run_directory import Lock, Records, RunDirectory
+from launcher.runtime import in_ranks
+from launcher.verbs.train import TrainJob
+from launcher.work import Ranks
+from model.size import parameter_count
+from parallel.checkpoint.agreement import agreed
+from parallel.common.units import format_count
+from parallel.engine import StepResult
+
+REQUEUE = 75
+INTERRUPTED = 130
+
+logger = logging.getLogger(__name__)
+
+
+def train(parts: Parts, records: Records) -> None:
+    """Takes the steps that remain, or those until the ranks agree to stop."""
+    parts.meter.begin(parts.progress)
+    for step in parts.progress.remaining():
+        batch = parts.meter.timed("data", parts.loader.next_batch)
+        result = parts.engine.step(batch)
+        stop = parts.preempt.agreed()
+        parts.progress.advance()
+        parts.display.advance()
+        parts.meter.add(result.seconds)
+        if parts.logging.due(step):
+            record = parts.meter.summarise(parts.progress, batch, result)
+            if parts.validation.due(step):
+                record |= parts.meter.timed("evaluate", parts.validation.loss, parts.engine)
+            parts.tracker.log(parts.progress, record)
+        if parts.saving.due(step) or stop:
+            parts.meter.timed("save", save, parts, result, records)
+        if stop:
+            break
+
+
+def save(parts: Parts, result: StepResult, records: Records) -> None:
+    """Commits a checkpoint of this step, unless the step went wrong."""
+    if not math.isfinite(result.loss.item()):
+        raise FloatingPointError(
+            f"the loss of step {parts.progress.step} is {result.loss.item()}: nothing was saved; "
+            "go on from the newest checkpoint with a lower optimizer.learning_rate or other data"
+        )
+    path = parts.checkpoints.save(parts.progress.step, parts.participants)
+    records.event("saved", step=parts.progress.step, checkpoint=path.name)
+
+
+def work(job: TrainJob) -> int:
+    """Joins the ranks, takes the run's lock, trains; returns the exit code."""
+    directory = RunDirectory(job.directory)
+    lock = directory.path / "lock"
+    preempt = Preempt()
+    with preempt.listening():
+        return in_ranks(
+            lambda ranks: _attempt(job, directory, ranks, preempt),
+            job.ranks,
+            outcome=lambda attempt: directory.outcome if Lock.attempt(lock) == attempt else None,
+        )
+
+
+def _attempt(job: TrainJob, directory: RunDirectory, ranks: Ranks, preempt: Preempt) -> Outcome:
+    lock = Lock(directory.path / "lock") if ranks.rank == 0 else None
+    with agreed(f"start {directory.path}"):
+        if lock is not None:
+            lock.take(ranks.attempt)
+            directory.check_unchanged(job.config)
+    parts = assemble(job.config, directory, attempt=ranks.attempt, preempt=preempt)
+    newest = parts.checkpoints.newest()
+    if newest is not None:
+        parts.checkpoints.load(newest, parts.participants)
+    records = Records(directory, attempt=ranks.attempt, writes=ranks.rank == 0)
+    records.begin(job.config, layout=parts.topology.describe(), step=parts.progress.step)
+    _introduce(job.config, parts, newest)
+    with parts.display.shown(step=parts.progress.step, total_steps=parts.progress.total_steps):
+        train(parts, records)
+    outcome = _ended(job, parts, ranks.attempt)
+    records.event("finished" if outcome.exit_code == 0 else "stopped", step=parts.progress.step)
+    parts.tracker.close(outcome.exit_code)
+    logger.info("%s", outcome.message)
+    return outcome
+
+
+def _introduce(config: RunConfig, parts: Parts, newest: Path | None) -> None:
+    layout = ", ".join(f"{name} {value}" for name, value in parts.topology.describe().items())
+    vocabulary = parts.vocabulary_size
+    logger.info(
+        "model: %s parameters, vocabulary %d", format_count(parameter_count(config.model, vocabulary)), vocabulary
+    )
+    logger.info("layout: %s, on %s", layout, parts.topology.device.type)
+    if newest is not None:
+        logger.info("going on after step %d (%s)", parts.progress.step, newest)
+
+
+def _ended(job: TrainJob, parts: Parts, attempt: str) -> Outcome:
+    progress, directory = parts.progress, job.directory
+    if progress.done:
+        code, message = 0, f"finished: {progress.step} steps, {format_count(progress.tokens)} tokens, in {directory}"
+    else:
+        asked = parts.preempt.signal
+        code = INTERRUPTED if asked is signal.SIGINT else REQUEUE
+        cause = asked.name if asked is not None else "a signal"
+        message = f"stopped by {cause} after step {progress.step}, which is saved; the same command goes on from there"
+    return Outcome(attempt=attempt, exit_code=code, message=message, step=progress.step)

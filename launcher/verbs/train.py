@@ -1,0 +1,114 @@
+"""`bloomery train`: reads and checks everything, answers for a run that is finished, starts the ranks.
+
+The quick half: it imports no torch. `launcher.train` has the loop.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.store import Store
+from launcher import config as configuration
+from launcher.config import RunConfig
+from launcher.run_directory import Lock, RunDirectory
+from launcher.start import available_ranks, start_ranks
+from launcher.validate import check_training
+from launcher.work import Ranks, Work, from_environment, is_first_rank
+from parallel.common.errors import UserError
+
+_EPILOG = """\
+examples:
+  bloomery train configs/quickstart.yaml run.name=first --ranks 2
+  bloomery train configs/model/llama-1b.yaml my-run.yaml optimizer.learning_rate=3e-4
+  torchrun --nproc-per-node 8 -m launcher train my-run.yaml
+  srun python -m launcher train my-run.yaml
+
+The same command goes on where a run stopped. Exit codes: 0 finished, 2 your input needs a change,
+75 saved after TERM or USR1 and to be requeued, 130 saved after Ctrl-C."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainJob:
+    """One attempt at a run, checked and ready."""
+
+    config: RunConfig
+    directory: Path
+    ranks: Ranks
+
+
+def main(arguments: Sequence[str]) -> int | Work:
+    """Parses `CONFIG... [key=value ...] [--ranks N] [--print-config]`."""
+    parser = argparse.ArgumentParser(
+        prog="bloomery train",
+        description="Trains a model, or goes on where the run stopped.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", nargs="+", help="YAML files, merged left to right, and key=value overrides")
+    parser.add_argument(
+        "--ranks", type=positive, help="start this many local ranks (default: the accelerators, else 1)"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
+    options = parser.parse_intermixed_args(list(arguments))
+    files, overrides = split(options.config)
+    config = configuration.load(files, overrides)
+    if options.print_config:
+        print(configuration.as_yaml(config), end="")
+        return 0
+    ranks = from_environment()
+    wanted = ranks_to_start(ranks, options.ranks)
+    path = _checked(config, wanted)
+    directory = RunDirectory(path)
+    if ranks.rank == 0:
+        directory.check_unchanged(config)
+        Lock.check_free(path / "lock")
+    if directory.finished(config):
+        if is_first_rank():
+            print(f"{path} is finished: {configuration.total_steps(config)} steps. Another run.name starts a new run.")
+        return 0
+    path.mkdir(parents=True, exist_ok=True)
+    if wanted > ranks.world_size:
+        return start_ranks(["train", *options.config], ranks=wanted)
+    job = TrainJob(config=config, directory=path, ranks=ranks)
+    return Work(module="launcher.train", job=job, rank=ranks.rank, logs=directory.logs)
+
+
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Files and `key=value` overrides, told apart by the `=`; a file whose name has one needs a `/` before it."""
+    overrides = [word for word in words if "=" in word and "/" not in word.partition("=")[0]]
+    return [word for word in words if word not in overrides], overrides
+
+
+def ranks_to_start(present: Ranks, asked: int | None) -> int:
+    """How many ranks shall compute: those that torchrun or srun started, else `--ranks`, else the accelerators.
+
+    Raises:
+        UserError: `--ranks` stands inside a job whose ranks were started already.
+    """
+    if present.rendezvous == "alone":
+        return asked if asked is not None else available_ranks()
+    if asked not in (None, present.world_size):
+        raise UserError(
+            f"--ranks {asked} was given under {present.rendezvous}, which has started {present.world_size} ranks "
+            "already: leave --ranks out."
+        )
+    return present.world_size
+
+
+def positive(text: str) -> int:
+    """A number of ranks.
+
+    Raises:
+        ValueError: it is not a whole number above 0 (argparse tells the user).
+    """
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def _checked(config: RunConfig, ranks: int) -> Path:
+    check_training(config, ranks=ranks)
+    check_training(config, ranks=ranks, store=Store.open(Path(config.data.store)))
+    return configuration.run_directory(config)

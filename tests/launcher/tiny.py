@@ -1,0 +1,86 @@
+"""A tiny corpus, a tiny model and the command line as a user calls it: what every test of the launcher stands on."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_pipeline import tokenizer
+from data_pipeline.store import StoreWriter, TokenizedDocument
+from data_pipeline.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+_WORDS = ("iron", "ore", "charcoal", "bellows", "furnace", "slag", "hammer", "fire", "clay", "smith", "air", "heat")
+DOCUMENTS = 60
+
+
+def texts(source: str, count: int = DOCUMENTS) -> list[str]:
+    """Documents that can be learnt: few words, in an order with some sense."""
+    chosen = random.Random(source)
+    return [" ".join(chosen.choice(_WORDS) for _ in range(chosen.randint(20, 120))) + "\n" for _ in range(count)]
+
+
+def make_store(path: Path) -> Path:
+    """A finished store with the sources `code` and `prose`; a tenth of each is for validation."""
+    by_source = {source: texts(source) for source in ("code", "prose")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trained = tokenizer.train(
+        (text for documents in by_source.values() for text in documents), 384, path.parent / "tokenizer.json"
+    )
+    writer = StoreWriter(path, tokenizer=trained, configuration="tiny")
+    for source, documents in by_source.items():
+        held_out = len(documents) // 10
+        for split, chosen in (("training", documents[held_out:]), ("validation", documents[:held_out])):
+            writer.add_shard(source, split, _tokenized(trained, source, chosen))
+    writer.finish()
+    return path
+
+
+def _tokenized(trained: Tokenizer, source: str, chosen: Sequence[str]) -> Iterator[TokenizedDocument]:
+    for index, (text, ids) in enumerate(zip(chosen, trained.encode_batch(chosen), strict=True)):
+        yield TokenizedDocument(id=f"{source}-{index}", tokens=ids, text_bytes=len(text.encode()))
+
+
+def configuration(directory: Path, store: Path, **sections: dict[str, Any]) -> Path:
+    """A configuration file of a run that takes a second; `sections` are merged into its own."""
+    tree: dict[str, Any] = {
+        "run": {"name": "tiny", "dir": str(directory / "run")},
+        "model": {"layers": 2, "hidden_size": 32, "heads": 4, "kv_heads": 2, "ffn_hidden_size": 48},
+        "train": {
+            "steps": 12,
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "sequence_length": 32,
+            "log_every_steps": 1,
+        },
+        "precision": "fp32",
+        "optimizer": {"learning_rate": 1e-2, "schedule": {"warmup_steps": 2}},
+        "data": {"store": str(store)},
+        "checkpoint": {"every_steps": 4, "keep": 8},
+        "tracking": {"wandb": {"mode": "disabled"}},
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def bloomery(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m launcher ARGUMENTS` to its end."""
+    return subprocess.run(command(*arguments), env=environment(), text=True, capture_output=True, timeout=300, **options)
+
+
+def command(*arguments: str | Path) -> list[str]:
+    """The command line of a verb."""
+    return [sys.executable, "-P", "-m", "launcher", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """What a subprocess needs to find this repository."""
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
