@@ -3,7 +3,7 @@
 Idea: the order is computed, not drawn. Weights are rounded once to whole quotas of a block of 65,536 positions, and
 block k of the order is a pure function of (seed, quotas, k): occurrence i of a source with quota q gets the key
 (i + u) / q, with one phase u for each (seed, block, source), and positions follow from sorting the keys. So every
-source is spread evenly (any stretch of the order holds its share, give or take one), how often it stood before any
+source is spread evenly (any stretch of the order holds its share, give or take a few), how often it stood before any
 position is a formula, and a loader can begin anywhere at once.
 
 Randomness is counter-based: Philox keyed by the hash of a purpose and some integers. Nothing depends on what was

@@ -126,10 +126,13 @@ class Store:
             UserError: the index is damaged.
         """
         file = self.path / f"{shard.stem}.idx"
-        lengths = read_index(file).lengths
-        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        if len(lengths) != shard.documents or offsets[-1] != shard.tokens:
+        index = read_index(file)
+        offsets = np.zeros(len(index.lengths) + 1, dtype=np.int64)
+        np.cumsum(index.lengths, out=offsets[1:])
+        one_document_each = len(index.document_borders) == len(offsets) == shard.documents + 1
+        without_gaps = np.array_equal(index.byte_offsets, offsets[:-1] * index.dtype.itemsize)
+        whole = offsets[-1] == shard.tokens and index.dtype.itemsize == self.dtype.itemsize
+        if not (one_document_each and without_gaps and whole):
             raise UserError(f"{file} is damaged: it does not add up to what the manifest says; build the store again")
         return offsets
 
