@@ -121,8 +121,8 @@ def _check_keys(path: Path, manifest: Manifest, templates: Mapping[str, Mapping[
 
 
 def _local_data(tensor: ShardedTensor) -> torch.Tensor:
-    """A loaded shard in its local shape; megatron-core puts leading axes of length one before stacked layers."""
-    if tensor.data is None:
+    """What was read into a shard, in its local shape."""
+    if tensor.data is None:  # an empty shard: there was nothing to read
         tensor.init_data("cpu")
     assert tensor.data is not None
-    return tensor.data.view(tensor.local_shape) if tensor.prepend_axis_num else tensor.data
+    return tensor.data

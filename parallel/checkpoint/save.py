@@ -134,7 +134,7 @@ def _write_tensors(temporary: Path, tensors: list[ShardedTensor], doing: str) ->
         rank, (cause, _) = min(error.failures.items())
         if isinstance(cause, OSError):
             raise as_user_error(cause, f"{doing} on rank {rank}") from error
-        raise
+        raise RuntimeError(f"rank {rank} cannot {doing}: {cause}") from error
     with agreed(doing):
         if dist.get_rank() == 0:
             sync_directory(temporary / TENSORS)

@@ -147,6 +147,7 @@ def write_shards(directory: Path, tensors: Iterable[ShardedTensor]) -> dict[str,
         CheckpointException: on all ranks, when any rank failed.
     """
     main = [tensor for tensor in tensors if is_main_replica(tensor.replica_id)]
+    assert all(tensor.data is not None for tensor in main)
     writer = _Writer(directory)
     planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     dcp.save(mcore_to_pyt_state_dict(_by_key(main)), storage_writer=writer, planner=planner)
@@ -182,10 +183,20 @@ def read_shards(directory: Path, tensors: Iterable[ShardedTensor], files: Mappin
 
 
 def _by_key(tensors: Iterable[ShardedTensor]) -> dict[str, list[Any]]:
-    """Shards by the name of their global tensor, as megatron-core's translation wants them."""
+    """Shards by the name of their global tensor, as megatron-core's translation wants them.
+
+    A layer of a stack gets its leading axes of length one as real ones (views of the same memory); otherwise
+    megatron-core would go through torch's deprecated ShardedTensor.
+    """
     grouped: dict[str, list[Any]] = {}
     for tensor in tensors:
-        grouped.setdefault(tensor.key, []).append(tensor)
+        if tensor.data is None:
+            tensor.init_data("cpu")
+        assert tensor.data is not None
+        shape = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
+        data = tensor.data[(None,) * tensor.prepend_axis_num]
+        whole = replace(tensor, data=data, local_shape=shape, prepend_axis_num=0)
+        grouped.setdefault(tensor.key, []).append(whole)
     return grouped
 
 
