@@ -1,6 +1,7 @@
 """The directory of one run: what stands in it, who may write to it, and which changes of the configuration it bears.
 
     config.yaml  history.jsonl  metrics.jsonl  events.jsonl  outcome.json  lock  checkpoints/  wandb/  logs/
+    evaluation.json  samples.jsonl  report.html      (of `bloomery evaluate`, `generate`, `report`)
 
 Contract: one live process group writes to a run. The lock is an advisory lock of the operating system on the file
 `lock`, which a dead process cannot hold; its content names the holder for those who are refused. Only rank 0 writes
@@ -46,6 +47,7 @@ class RunDirectory:
         self.metrics = JsonLines(path / "metrics.jsonl")
         self.history = JsonLines(path / "history.jsonl")
         self.events = JsonLines(path / "events.jsonl")
+        self.samples = JsonLines(path / "samples.jsonl")
 
     def has_checkpoint(self) -> bool:
         """Whether some step was saved: from then on the configuration is what the run is."""

@@ -77,18 +77,6 @@ def is_first_rank() -> bool:
     return from_environment().rank == 0 and STARTER_VARIABLE not in os.environ
 
 
-def find_run(text: str) -> Path:
-    """A run's directory, given as a path or as a name under `runs/`.
-
-    Raises:
-        UserError: neither exists.
-    """
-    for candidate in (Path(text), Path("runs") / text):
-        if (candidate / "config.yaml").is_file():
-            return candidate
-    raise UserError(f"{text} is not a run: expected a directory with a config.yaml, or the name of one under runs/.")
-
-
 def _first_host(nodes: str) -> str:
     """`node[03-05,9],other` begins with `node03`."""
     found = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?", nodes)

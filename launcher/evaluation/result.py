@@ -1,0 +1,90 @@
+"""`evaluation.json`: what a checkpoint reached on the validation documents, beside what needs no model.
+
+    checkpoint  step-00000120        checksum   of the checkpoint's manifest
+    step        120                  store      path, tokenizer fingerprint
+    overall     {bits_per_byte, unigram_bits_per_byte, xz_bits_per_byte, loss, tokens, text_bytes}
+    sources     {name: the same}
+
+Imports without torch: an evaluation that stands already is shown at once.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from data_pipeline.store import Store
+from launcher.evaluation.baselines import bits_per_byte, text_bytes, unigram_bits_per_byte, xz_bits_per_byte
+from launcher.places import Checkpoint
+from parallel.common.files import hash_file, write_json
+from parallel.common.units import format_bytes, format_count
+
+NAME = "evaluation.json"
+
+
+def summarise(checkpoint: Checkpoint, store: Store, sums: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    """The content of the file, from {source: (summed loss in nats, predicted tokens)}."""
+    nats, tokens = (sum(values[index] for values in sums.values()) for index in (0, 1))
+    return {
+        **_identity(checkpoint, store),
+        "overall": _row(store, None, nats, tokens),
+        "sources": {source: _row(store, source, *values) for source, values in sums.items()},
+    }
+
+
+def write(checkpoint: Checkpoint, result: Mapping[str, Any]) -> Path:
+    """Puts the file into the run."""
+    path = checkpoint.run.path / NAME
+    write_json(path, result)
+    return path
+
+
+def standing(checkpoint: Checkpoint, store: Store) -> dict[str, Any] | None:
+    """The run's evaluation, if it is of exactly this checkpoint on this store."""
+    try:
+        result = json.loads((checkpoint.run.path / NAME).read_text())
+        same = all(result[key] == value for key, value in _identity(checkpoint, store).items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return result if same else None
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Prints the table that a person reads."""
+    table = Table(title=f"Bits per byte on the validation documents, {result['checkpoint']}", title_justify="left")
+    table.add_column("source")
+    for column in ("model", "unigram", "xz -9", "model / unigram", "text", "tokens"):
+        table.add_column(column, justify="right")
+    for name, row in ({**result["sources"], "all": result["overall"]}).items():
+        table.add_row(
+            name,
+            *(f"{row[key]:.3f}" for key in ("bits_per_byte", "unigram_bits_per_byte", "xz_bits_per_byte")),
+            f"{row['bits_per_byte'] / row['unigram_bits_per_byte']:.2f}",
+            format_bytes(row["text_bytes"]),
+            format_count(row["tokens"]),
+        )
+    Console().print(table)
+
+
+def _identity(checkpoint: Checkpoint, store: Store) -> dict[str, Any]:
+    return {
+        "checkpoint": checkpoint.path.name,
+        "checksum": hash_file(checkpoint.path / "manifest.json"),
+        "step": checkpoint.manifest.step,
+        "store": {"path": str(store.path), "manifest": hash_file(store.path / "manifest.jsonl")},
+    }
+
+
+def _row(store: Store, source: str | None, nats: float, tokens: float) -> dict[str, Any]:
+    length = text_bytes(store, source)
+    return {
+        "bits_per_byte": bits_per_byte(nats, length),
+        "unigram_bits_per_byte": unigram_bits_per_byte(store, source),
+        "xz_bits_per_byte": xz_bits_per_byte(store, source),
+        "loss": nats / tokens,
+        "tokens": int(tokens),
+        "text_bytes": length,
+    }

@@ -1,0 +1,81 @@
+"""`bloomery evaluate`: finds the checkpoint, shows an evaluation that stands already, else starts the ranks.
+
+The quick half: it imports no torch. `launcher.evaluation.bits_per_byte` computes.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data_pipeline.store import VALIDATION, Store
+from launcher.config import RunConfig
+from launcher.evaluation import result
+from launcher.places import Checkpoint, find_checkpoint
+from launcher.start import start_ranks
+from launcher.validate import check_training
+from launcher.verbs.train import positive, ranks_to_start
+from launcher.work import Ranks, Work, from_environment, is_first_rank
+from parallel.common.errors import ConfigError, UserError
+from parallel.common.files import write_json
+from parallel.config import ParallelConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateJob:
+    """A checkpoint to look at, and the configuration in whose layout."""
+
+    checkpoint: Checkpoint
+    config: RunConfig
+    ranks: Ranks
+    copy: Path | None
+    """Second place for the result."""
+
+
+def main(arguments: Sequence[str]) -> int | Work:
+    """Parses `CHECKPOINT [--ranks N] [--json FILE]`."""
+    parser = argparse.ArgumentParser(
+        prog="bloomery evaluate",
+        description="Bits per byte on the validation documents, overall and by source, beside what knowing only the "
+        "tokens' frequencies reaches (unigram) and beside xz -9. Written to evaluation.json in the run.",
+        epilog="example: bloomery evaluate runs/first@200 --ranks 2 --json first.json",
+    )
+    parser.add_argument("checkpoint", help="a step directory, a run (its newest step), or RUN@STEP")
+    parser.add_argument(
+        "--ranks", type=positive, help="compute on this many local ranks (default: accelerators, else 1)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
+    options = parser.parse_args(list(arguments))
+    checkpoint = find_checkpoint(options.checkpoint)
+    config = checkpoint.config()
+    store = Store.open(Path(config.data.store))
+    if not store.shards(split=VALIDATION):
+        raise UserError(
+            f"the store {store.path} has no validation documents: build it with data.validation.share above 0."
+        )
+    ranks = from_environment()
+    found = result.standing(checkpoint, store)
+    if found is not None:
+        if is_first_rank():
+            result.show(found)
+            if options.json is not None:
+                write_json(options.json, found)
+        return 0
+    wanted = ranks_to_start(ranks, options.ranks)
+    if wanted > ranks.world_size:
+        return start_ranks(["evaluate", *_without_ranks(options)], ranks=wanted)
+    job = EvaluateJob(checkpoint=checkpoint, config=in_layout(config, wanted), ranks=ranks, copy=options.json)
+    return Work(module="launcher.evaluation.bits_per_byte", job=job, rank=ranks.rank, logs=checkpoint.run.logs)
+
+
+def _without_ranks(options: argparse.Namespace) -> list[str]:
+    return [options.checkpoint, *(["--json", str(options.json)] if options.json is not None else [])]
+
+
+def in_layout(config: RunConfig, ranks: int) -> RunConfig:
+    """The run's own layout where it fits this many ranks, else plain data parallelism: the result is the same."""
+    try:
+        check_training(config, ranks=ranks)
+    except ConfigError:
+        return replace(config, parallel=ParallelConfig())
+    return config
