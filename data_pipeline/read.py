@@ -5,6 +5,7 @@ their own, so that no document is lost) and a digest of all ids and texts, on wh
 stand: files that were copied or touched but hold the same documents change nothing.
 """
 
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from data_pipeline.sources import SourceFiles
 DUPLICATE_IDS = "duplicate_ids.parquet"
 _EXPANSION = 6
 """Text in a byte of a compressed file, at most as a rule; for the estimate of disk space."""
+_FULL = 0.01
+"""Share of `limit_bytes` that may be left when the next file of a tree is not looked for any more."""
 
 
 class Digest:
@@ -117,23 +120,26 @@ def digest_of(sources: Sequence[SourceFiles]) -> str:
 
 def documents(source: SourceFiles, reading: Reading) -> Iterator[tuple[str, str, bytes]]:
     """Id, text and its UTF-8 of a source's documents, up to its limit; empty ones are dropped."""
-    name = source.config.name
-    left = source.config.limit_bytes
-    for file in source.files:
-        # A file of a tree is a document: one that is larger than what is left may be followed by one that fits.
-        if left is not None and source.is_tree and file.bytes > left:
+    limit = source.config.limit_bytes
+    left = sys.maxsize if limit is None else limit
+    for number, file in enumerate(source.files):
+        # A tree's file is one document: if it does not fit, another may. Near the limit only the smallest would.
+        if source.is_tree and file.bytes > left:
             reading.left_out_files += 1
+            if limit is not None and left < limit * _FULL:
+                reading.left_out_files += len(source.files) - number - 1
+                return
             continue
         for identifier, text in read_file(file, reading):
             raw = text.encode()
             if not text or text.isspace():
                 reading.drop(EMPTY, identifier)
                 continue
-            if left is not None:
-                if len(raw) > left:
-                    return
-                left -= len(raw)
-            reading.tally.keep(name, 1, len(raw))
+            if len(raw) > left:
+                reading.left_out_files += len(source.files) - number - 1
+                return
+            left -= len(raw)
+            reading.tally.keep(source.config.name, 1, len(raw))
             yield identifier, text, raw
 
 

@@ -50,7 +50,7 @@ class Reading:
     fields_seen: set[str] = field(default_factory=set)
     """Fields of the records that had no text."""
     left_out_files: int = 0
-    """Files of a tree that did not fit into `limit_bytes`."""
+    """Files that were not opened because of `limit_bytes`."""
 
     def drop(self, reason: str, identifier: str, text: str | bytes = "") -> None:
         """Tells the tally about a document that is not read on."""
