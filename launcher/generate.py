@@ -68,7 +68,8 @@ def _generated(job: GenerateJob, ranks: Ranks) -> Outcome:
     topology = Topology.create(config.parallel)
     engine = make_engine(config, store=store, topology=topology, objective=causal_language_modelling)
     load(job.checkpoint.path, {"model": engine.participants()["model"]})
-    model = engine.updater.module.eval()
+    model = engine.updater.module
+    model.eval()
 
     def forward(tokens: Tensor) -> Tensor:
         batch = {

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> Work:
     """Parses `CHECKPOINT --prompt TEXT [--prompt TEXT ...] [--tokens N] [--temperature T] [--seed N] [--json FILE]`."""
     parser = argparse.ArgumentParser(
         prog="bloomery generate",
-        description="Continues texts with the model of a checkpoint; what came out is kept in samples.jsonl in the run.",
+        description="Continues texts with the model of a checkpoint; they are kept in samples.jsonl in the run.",
         epilog='example: bloomery generate first --prompt "def read(path):" --tokens 64 --temperature 0.8',
     )
     parser.add_argument("checkpoint", help="a step directory, a run (its newest step), or RUN@STEP")
