@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 _TOKENS_AT_ONCE = 1 << 17
-"""Batches smaller than this are made several at a time; 4 MiB of tensors."""
+"""Batches smaller than this are made several at a time, 4 MiB of tensors together."""
+_BATCHES_AT_ONCE = 16
 _COUNTED_AT_ONCE = 1 << 24
 
 
@@ -115,7 +116,7 @@ class Loader:
 
     def _make_batches(self) -> list[dict[str, Tensor]]:
         """Some batches from the position on, the next one last: small batches are made together, which is quicker."""
-        count = max(1, _TOKENS_AT_ONCE // (self._rows * self._length))
+        count = min(max(1, _TOKENS_AT_ONCE // (self._rows * self._length)), _BATCHES_AT_ONCE)
         rows = np.arange(self._first_row, self._first_row + self._rows)
         starts = self._position + np.arange(count) * self._global_batch_size
         real = np.tile(rows < self._global_batch_size, count)
