@@ -25,7 +25,8 @@ def load(path: Path, participants: Mapping[str, Stateful]) -> Manifest:
     """Gives each participant its state back from the step directory `path`; every rank calls this.
 
     A participant with tensors is asked for its `state_dict()` first: its sharded tensors say which part of which
-    global tensor this rank wants, in any layout. Participants of the checkpoint that are not asked for are passed over.
+    global tensor this rank wants, in any layout. A participant that refuses its JSON state must do so on all ranks.
+    Participants of the checkpoint that are not asked for are passed over.
 
     Raises:
         UserError: on all ranks; the checkpoint is damaged, or does not fit. No participant has been given anything
@@ -37,11 +38,12 @@ def load(path: Path, participants: Mapping[str, Stateful]) -> Manifest:
         _check_names(path, manifest)
         _check_files(path, manifest, dist.get_rank(), dist.get_world_size())
         states = _json_states(path, manifest, participants)
-        templates = {
-            name: participant.state_dict()
-            for name, participant in participants.items()
-            if manifest.participants[name] is not None
-        }
+    # Outside `agreed`: a participant may gather its state over ranks, and scatter it.
+    templates = {
+        name: participant.state_dict()
+        for name, participant in participants.items()
+        if manifest.participants[name] is not None
+    }
     _check_keys(path, manifest, templates)
     with agreed(doing):
         shards = [tensor for template in templates.values() for tensor in template.values()]
@@ -52,12 +54,11 @@ def load(path: Path, participants: Mapping[str, Stateful]) -> Manifest:
         }
         if shards:
             read_shards(path / TENSORS, shards, inside)
-    with agreed(doing):
-        for name, participant in participants.items():
-            if name in templates:
-                participant.load_state_dict({key: _local_data(tensor) for key, tensor in templates[name].items()})
-            else:
-                participant.load_state_dict(states[name])
+    for name, participant in participants.items():
+        if name in templates:
+            participant.load_state_dict({key: _local_data(tensor) for key, tensor in templates[name].items()})
+        else:
+            participant.load_state_dict(states[name])
     return manifest
 
 

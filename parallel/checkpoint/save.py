@@ -54,8 +54,9 @@ def save(
         if dist.get_rank() == 0:
             _prepare(root, target, temporary, attempt)
     try:
+        # Outside `agreed`: a participant may gather its state over ranks.
+        states = {name: participant.state_dict() for name, participant in participants.items()}
         with agreed(doing):
-            states = {name: participant.state_dict() for name, participant in participants.items()}
             contents = {name: _content(name, state) for name, state in states.items()}
         tensor_keys = _tensor_keys(contents)
         tensors = [value for name in tensor_keys for value in states[name].values()]

@@ -1,0 +1,101 @@
+"""The engine's checkpoints: any layout loads what any other saved, and a resumed run is the same run.
+
+What a checkpoint must keep is compared in the global view, bit for bit: every weight (fp32 masters), both moments, and
+the steps taken. On the same layout the next step's loss and norm after loading are those of the run that went on.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from parallel.checkpoint.checkpoints import Checkpoints
+from parallel.config import ParallelConfig
+from parallel.engine import Engine
+from tests.distributed.layouts import Row, batch, make_engine, slice_of, whole
+from tests.distributed.world import run_world
+
+pytestmark = [pytest.mark.distributed, pytest.mark.truth]
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one-rank-zero0": (1, {"zero_stage": 0}),
+    "dp2-zero1": (2, {"zero_stage": 1}),
+    "dp2-zero2": (2, {"zero_stage": 2}),
+    "dp2-zero3": (2, {"zero_stage": 3}),
+    "tp2-sp-zero1": (2, {"tensor": 2}),
+    "pp2-vpp2-zero1": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "tp2-sp-pp2-zero1": (4, {"tensor": 2, "pipeline": 2}),
+    "pp2-dp2-zero1": (4, {"pipeline": 2}),
+}
+NAMES = list(LAYOUTS)
+CASES = [(name, torch.float32) for name in NAMES]
+CASES += [(name, torch.bfloat16) for name in ("dp2-zero1", "dp2-zero3", "tp2-sp-zero1", "pp2-vpp2-zero1")]
+
+
+def _row(name: str, dtype: torch.dtype) -> Row:
+    ranks, layout = LAYOUTS[name]
+    return Row(name=name, ranks=ranks, layout=ParallelConfig(**layout), dtype=dtype, tied=True)
+
+
+def _checkpoints(root: Path, row: Row) -> Checkpoints:
+    return Checkpoints(root, keep=3, attempt="test", layout={"name": row.name}, config={})
+
+
+def _view(engine: Engine) -> dict[str, Any]:
+    """This rank's shards of all that a checkpoint keeps, and the steps taken."""
+    participants = engine.participants()
+    return {
+        "tensors": [
+            (tensor, tensor.data.double().numpy().copy())
+            for name in ("model", "optimizer")
+            for tensor in participants[name].state_dict().values()
+        ],
+        "schedule": participants["schedule"].state_dict(),
+    }
+
+
+def _next_step(engine: Engine) -> tuple[str, str]:
+    result = engine.step(slice_of(batch(2), engine.topology))
+    return float(result.loss).hex(), float(result.grad_norm).hex()
+
+
+def _train_and_save(root: Path, row: Row) -> tuple[dict[str, Any], tuple[str, str]]:
+    engine = make_engine(row)
+    for step in range(2):
+        engine.step(slice_of(batch(step), engine.topology))
+    _checkpoints(root, row).save(2, engine.participants())
+    return _view(engine), _next_step(engine)
+
+
+def _load(root: Path, row: Row) -> tuple[dict[str, Any], tuple[str, str]]:
+    engine = make_engine(row)
+    checkpoints = _checkpoints(root, row)
+    path = checkpoints.newest()
+    assert path
+    checkpoints.load(path, engine.participants())
+    return _view(engine), _next_step(engine)
+
+
+def _global(answers: list[Any]) -> tuple[dict[str, np.ndarray], Any]:
+    return whole([view["tensors"] for view, _ in answers]), answers[0][0]["schedule"]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_what_a_layout_saved_the_same_one_and_another_load(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    row = _row(name, dtype)
+    went_on = run_world(partial(_train_and_save, tmp_path, row), row.ranks)
+    tensors, schedule = _global(went_on)
+    # Three further on: with eight layouts this leads from each to each in turn.
+    for other in (name, NAMES[(NAMES.index(name) + 3) % len(NAMES)]):
+        other_row = _row(other, dtype)
+        resumed = run_world(partial(_load, tmp_path, other_row), other_row.ranks)
+        loaded, loaded_schedule = _global(resumed)
+        assert loaded.keys() == tensors.keys()
+        different = [key for key, tensor in tensors.items() if not np.array_equal(tensor, loaded[key])]
+        assert not different, f"{name} -> {other}: {different}"
+        assert loaded_schedule == schedule
+        if other == name:
+            assert [step for _, step in resumed] == [step for _, step in went_on]
