@@ -173,7 +173,9 @@ class SourceStream:
             parts.append(self._window.pieces(epoch, samples[here], lo, hi))
         ids = self._window.read(_in_order(parts))
         if before_all.any():
-            ids = np.insert(ids, np.flatnonzero(before_all) * (self._length + 1), self._end_of_document)
+            # Places in `ids` as it is, without the ends that go in before them.
+            places = np.flatnonzero(before_all) * (self._length + 1) - np.arange(np.count_nonzero(before_all))
+            ids = np.insert(ids, places, self._end_of_document)
         return ids.reshape(len(ordinals), self._length + 1)
 
 
