@@ -48,7 +48,9 @@ VERBS = {
     "generate": Verb(
         module="launcher.verbs.generate", arguments="CHECKPOINT --prompt TEXT", meaning="continue a text with the model"
     ),
-    "report": Verb(module="launcher.report", arguments="RUN", meaning="one HTML file with everything about a run"),
+    "report": Verb(
+        module="launcher.verbs.report", arguments="RUN", meaning="one HTML file with everything about a run"
+    ),
 }
 
 _EXAMPLE = """\

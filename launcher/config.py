@@ -1,7 +1,8 @@
 """The whole configuration of a run: `RunConfig` composes what each room owns.
 
-YAML files are merged left to right over the defaults, then `key=value` overrides; the result is typed and frozen. An
-unknown key is answered with the nearest known one. Rules that span rooms are `launcher.validate`'s.
+YAML files are merged left to right over the defaults, then `key=value` overrides, each of which sets its key whole; the
+result is typed and frozen. An unknown key is answered with the nearest known one. Rules that span rooms are
+`launcher.validate`'s.
 
 A required key that nobody gave stays MISSING (`"???"`) in the loaded tree, because one file serves several verbs:
 `data build` needs no model. Each verb asks for the sections that it reads with `require`.
@@ -212,7 +213,7 @@ def _overridden(plain: Any, override: str) -> Any:
     try:
         read = OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)
         assert isinstance(read, dict)
-        OmegaConf.update(cast(Any, changed), key, read["value"], merge=True)
+        OmegaConf.update(cast(Any, changed), key, read["value"], merge=False)
     except yaml.YAMLError as error:
         raise UserError(f"the override {override} has a value that is not valid YAML.") from error
     except (OmegaConfBaseException, AssertionError, IndexError, ValueError) as error:
@@ -244,7 +245,7 @@ def _value(hint: Any, value: Any) -> Any:
         return _instantiate(hint, value)
     if get_origin(hint) is list:
         return [_value(get_args(hint)[0], element) for element in value]
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(value) if get_origin(hint) is tuple else value
 
 
 def _plain(value: Any) -> Any:

@@ -16,11 +16,10 @@ from data_pipeline.tokenizer import Tokenizer
 from launcher.assemble import make_engine
 from launcher.outcome import Outcome
 from launcher.runtime import in_ranks
-from launcher.verbs.generate import GenerateJob
+from launcher.verbs.generate import GenerateJob, facts, keep, show
 from launcher.work import Ranks
 from model.objectives import causal_language_modelling
 from parallel.checkpoint.load import load
-from parallel.common.files import write_json
 from parallel.config import ParallelConfig
 from parallel.topology import Topology
 
@@ -79,31 +78,18 @@ def _generated(job: GenerateJob, ranks: Ranks) -> Outcome:
         }
         return model(0, batch)[-1, 0]
 
-    generator = torch.Generator().manual_seed(job.seed)
     samples = []
     for prompt in job.prompts:
-        ids = tokenizer.encode_batch([prompt])[0]
         new = continue_tokens(
             forward,
-            [tokenizer.end_of_document, *ids],
+            [tokenizer.end_of_document, *tokenizer.encode_batch([prompt])[0]],
             new=job.tokens,
             window=config.train.sequence_length,
             temperature=job.temperature,
             end_of_document=tokenizer.end_of_document,
-            generator=generator,
+            generator=torch.Generator().manual_seed(job.seed),
         )
-        text = tokenizer.decode(new)
-        print(f"{prompt}{text}\n", flush=True)
-        samples.append({"prompt": prompt, "continuation": text})
-    return _kept(job, samples, ranks)
-
-
-def _kept(job: GenerateJob, samples: list[dict[str, str]], ranks: Ranks) -> Outcome:
-    facts = {"checkpoint": job.checkpoint.path.name, "temperature": job.temperature, "seed": job.seed}
-    kept = job.checkpoint.run.samples
-    kept.keep(lambda _: True)
-    for sample in samples:
-        kept.append({**facts, **sample})
-    if job.output is not None:
-        write_json(job.output, [{**facts, **sample} for sample in samples])
+        samples.append({**facts(job), "prompt": prompt, "continuation": tokenizer.decode(new)})
+    show(samples)
+    keep(job, samples)
     return Outcome(attempt=ranks.attempt, exit_code=0, message=f"{len(samples)} texts continued")

@@ -57,15 +57,19 @@ def available_ranks() -> int:
     return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
 
 
-def _environment(ranks: int, attempt: str, outcome: Path) -> dict[str, str]:
+def repository_environment() -> dict[str, str]:
+    """This environment, with this very code before any other of the same name, whatever directory it is called from."""
     root = str(Path(__file__).resolve().parent.parent)
     inherited = os.environ.get("PYTHONPATH")
+    paths = f"{root}{os.pathsep}{inherited}" if inherited else root
+    return {**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
+
+
+def _environment(ranks: int, attempt: str, outcome: Path) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     return {
         "OMP_NUM_THREADS": str(threads),
-        **os.environ,
-        "PYTHONPATH": f"{root}{os.pathsep}{inherited}" if inherited else root,
-        "PYTHONSAFEPATH": "1",
+        **repository_environment(),
         STARTER_VARIABLE: str(os.getpid()),
         ATTEMPT_VARIABLE: attempt,
         OUTCOME_VARIABLE: str(outcome),

@@ -23,6 +23,7 @@ from parallel.common.files import hash_file, write_json
 from parallel.common.units import format_bytes, format_count
 
 NAME = "evaluation.json"
+LEGEND = "Unigram knows only how frequent each token is; xz -9 compresses the same bytes."
 
 
 def summarise(checkpoint: Checkpoint, store: Store, sums: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
@@ -52,21 +53,32 @@ def standing(checkpoint: Checkpoint, store: Store) -> dict[str, Any] | None:
     return result if same else None
 
 
-def show(result: Mapping[str, Any]) -> None:
-    """Prints the table that a person reads."""
-    table = Table(title=f"Bits per byte on the validation documents, {result['checkpoint']}", title_justify="left")
-    table.add_column("source")
-    for column in ("model", "unigram", "xz -9", "model / unigram", "text", "tokens"):
-        table.add_column(column, justify="right")
-    for name, row in ({**result["sources"], "all": result["overall"]}).items():
-        table.add_row(
+def table(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Heads and rows of the table that a person reads."""
+    rows = [
+        (
             name,
             *(f"{row[key]:.3f}" for key in ("bits_per_byte", "unigram_bits_per_byte", "xz_bits_per_byte")),
             f"{row['bits_per_byte'] / row['unigram_bits_per_byte']:.2f}",
             format_bytes(row["text_bytes"]),
             format_count(row["tokens"]),
         )
-    Console().print(table)
+        for name, row in ({**result["sources"], "all": result["overall"]}).items()
+    ]
+    return ("source", "model", "unigram", "xz -9", "model / unigram", "text", "tokens"), rows
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Prints the table."""
+    heads, rows = table(result)
+    shown = Table(title=f"Bits per byte on the validation documents, {result['checkpoint']}", title_justify="left")
+    for index, head in enumerate(heads):
+        shown.add_column(head, justify="right" if index else "left")
+    for row in rows:
+        shown.add_row(*row)
+    console = Console()
+    console.print(shown)
+    console.print(LEGEND)
 
 
 def _identity(checkpoint: Checkpoint, store: Store) -> dict[str, Any]:
