@@ -32,7 +32,6 @@ STATE_VERSION = 1
 _TOKENS_AT_ONCE = 1 << 17
 """Batches smaller than this are made several at a time, 4 MiB of tensors together."""
 _BATCHES_AT_ONCE = 16
-_COUNTED_AT_ONCE = 1 << 24
 
 
 class Loader:
@@ -282,13 +281,3 @@ def single_pass(
             mask_documents=mask_documents,
         )
         yield {**batch, "source": torch.from_numpy(source)}
-
-
-def token_counts(store: Store, split: str) -> NDArray[np.int64]:
-    """How often each id stands in a split, [vocabulary_size]; for the unigram entropy."""
-    counts = np.zeros(store.vocabulary_size, dtype=np.int64)
-    for shard in store.shards(split=split):
-        tokens = store.tokens(shard)
-        for start in range(0, len(tokens), _COUNTED_AT_ONCE):
-            counts += np.bincount(tokens[start : start + _COUNTED_AT_ONCE], minlength=store.vocabulary_size)
-    return counts

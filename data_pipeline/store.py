@@ -35,6 +35,7 @@ from parallel.common.lines import JsonLines
 
 TRAINING = "training"
 VALIDATION = "validation"
+_COUNTED_AT_ONCE = 1 << 24
 _SUFFIXES = ("bin", "idx", "docs.parquet")
 _DTYPES: dict[str, np.dtype[np.unsignedinteger]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
@@ -135,6 +136,15 @@ class Store:
         if not (one_document_each and without_gaps and whole):
             raise UserError(f"{file} is damaged: it does not add up to what the manifest says; build the store again")
         return offsets
+
+    def token_counts(self, *, split: str, source: str | None = None) -> NDArray[np.int64]:
+        """How often each id stands in a split, of one source or of all; [vocabulary_size], in bounded memory."""
+        counts = np.zeros(self.vocabulary_size, dtype=np.int64)
+        for shard in self.shards(split=split, source=source):
+            tokens = self.tokens(shard)
+            for start in range(0, len(tokens), _COUNTED_AT_ONCE):
+                counts += np.bincount(tokens[start : start + _COUNTED_AT_ONCE], minlength=self.vocabulary_size)
+        return counts
 
     def check(self) -> None:
         """Reads every file and compares its hash with the manifest's.

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from data_pipeline.loader import Loader, single_pass, token_counts
+from data_pipeline.loader import Loader, single_pass
 from data_pipeline.mixture import Mixture
 from data_pipeline.store import Store
 from parallel.common.errors import ConfigError, UserError
@@ -303,13 +302,6 @@ def test_a_single_pass_begins_with_a_fair_sample(tmp_path: Path) -> None:
     store = make_store(tmp_path, {"web": [[70]]}, {"web": [[70] * 1599], "code": [[71] * 399]})
     first = next(evaluation(store, global_batch_size=25))
     assert Counter(first["source"].tolist()) == {0: 20, 1: 5}
-
-
-def test_token_counts(tmp_path: Path) -> None:
-    store = make_store(tmp_path, {"web": [[70, 70, 71], [300]], "code": [[70]]}, {"web": [[99]]}, shard_tokens=1)
-    counts = token_counts(store, "training")
-    assert counts.shape == (store.vocabulary_size,)
-    assert {int(token): int(counts[token]) for token in np.flatnonzero(counts)} == {END: 3, 70: 3, 71: 1, 300: 1}
 
 
 def test_the_loader_imports_without_daft() -> None:

@@ -120,6 +120,14 @@ def test_the_manifest_names_everything_and_no_time_or_place(store: Store) -> Non
     assert str(store.path) not in (store.path / "manifest.jsonl").read_text()
 
 
+def test_token_counts(tmp_path: Path) -> None:
+    store = make_store(tmp_path, {"web": [[70, 70, 71], [300]], "code": [[70]]}, {"web": [[99]]}, shard_tokens=1)
+    for source, expected in ((None, {END: 3, 70: 3, 71: 1, 300: 1}), ("code", {END: 1, 70: 1})):
+        counts = store.token_counts(split="training", source=source)
+        assert counts.shape == (store.vocabulary_size,)
+        assert {int(token): int(counts[token]) for token in np.flatnonzero(counts)} == expected
+
+
 @pytest.mark.truth
 def test_megatron_reads_our_shards(store: Store) -> None:
     for shard in store.shards():
