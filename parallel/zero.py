@@ -16,6 +16,7 @@ this module does about it, each point held by the gradient matrix of tests/distr
 """
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -98,7 +99,7 @@ def _deepspeed_configuration(
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": False,
-            "contiguous_gradients": True,
+            "contiguous_gradients": stage > 1,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket + bucket % 2,
             "stage3_param_persistence_threshold": 0,
@@ -133,6 +134,7 @@ class ZeroUpdater:
         self.gradient_scale = float(topology.data_parallel_size)
         self._in_backward = self.stage >= 2
         unit = _ModelParallelUnit(topology)
+        os.environ.setdefault("LOCAL_RANK", str(topology.device.index or 0))  # asked for by DeepSpeed, nowhere used
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.comm.init_distributed(dist_init_required=False, verbose=False)
         for local in parameters:
