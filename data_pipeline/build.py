@@ -124,8 +124,7 @@ class _Build:
         documents = self._without_near_duplicates(self._without_copies(self._read_and_clean()))
         split = self._split(documents)
         tokenizer = self._tokenizer(documents.parts, split)
-        write_clusters(documents.parts, documents.removals, self._root / sealed.CLUSTERS)
-        return self._store(documents.parts, split, tokenizer)
+        return self._store(documents, split, tokenizer)
 
     def _run(
         self, stage: str, inputs: list[str], work: Callable[[Path, Meter], dict[str, Any]], *, total: int, needed: int
@@ -229,7 +228,8 @@ class _Build:
         inputs, work = ([split.fingerprint], trained) if settings.path is None else ([], given)
         return self._run("tokenizer", inputs, work, total=settings.sample_bytes, needed=_SMALL_BYTES)
 
-    def _store(self, parts: Parts, split: Stage, tokenizer_stage: Stage) -> Store:
+    def _store(self, documents: _Documents, split: Stage, tokenizer_stage: Stage) -> Store:
+        parts = documents.parts
         kept = Kept.read(split.directory)
         tokenizer = Tokenizer.load(tokenizer_stage.directory / "tokenizer.json")
         inputs = [split.fingerprint, tokenizer_stage.fingerprint]
@@ -244,10 +244,11 @@ class _Build:
                 for name, chosen in ((TRAINING, ~kept.validation), (VALIDATION, kept.validation)):
                     rows = kept.row[chosen & (kept.source == number)]
                     rows = rows[writer.documents_written(source, name) :]
-                    documents = _encoded(parts, rows, tokenizer, meter)
-                    while writer.add_shard(source, name, documents, max_tokens=self._config.shard_tokens):
+                    encoded = _encoded(parts, rows, tokenizer, meter)
+                    while writer.add_shard(source, name, encoded, max_tokens=self._config.shard_tokens):
                         pass
         self._say("store", sealed.store_outcome(writer.shards, parts.sources), reused=False)
+        write_clusters(parts, documents.removals, self._root / sealed.CLUSTERS)
         write_json(self._root / sealed.REPORT, sealed.report_of(self._settings, self._sources, self._report))
         return writer.finish()
 

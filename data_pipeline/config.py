@@ -58,7 +58,7 @@ class SourceConfig:
     @property
     def paths(self) -> tuple[str, ...]:
         """`path` as a list."""
-        return (self.path,) if isinstance(self.path, str) else tuple(self.path)
+        return tuple(self.path) if isinstance(self.path, list | tuple) else (self.path,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -77,12 +77,14 @@ def test_what_cannot_be_read_is_counted_by_reason(tmp_path: Path) -> None:
 
 
 def test_undecodable_bytes_are_replaced_and_counted(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9 \xff"}\n{"text": "half \\ud800 pair"}\n{"text": "\xef\xbf\xbd"}\n')
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"text": "caf\xe9 \xff"}\n{"text": "half \\ud800 pair"}\n{"text": "\xef\xbf\xbd"}\n'
+    )
     (tmp_path / "b.txt").write_bytes(b"latin \xe9")
     pq.write_table(pa.table({"text": pa.array([b"bin \xff", b"fine"])}), tmp_path / "c.parquet")
     found, lost, reading = read(tmp_path)
     assert not lost
-    assert [text for _, text in found][0] == "caf\ufffd \ufffd"
+    assert found[0][1] == "caf\ufffd \ufffd"
     assert "half" in found[1][1]
     assert found[1][1].encode()
     assert [text for _, text in found][2:] == ["\ufffd", "latin \ufffd", "bin \ufffd", "fine"]
@@ -114,7 +116,7 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             read(tmp_path / name)
-    with pytest.raises(UserError, match="the column 'n' .* is int64: expected text"):
+    with pytest.raises(UserError, match=r"the column 'n' .* is int64: expected text"):
         read(tmp_path / "other.parquet", text_field="n")
 
 
