@@ -42,6 +42,7 @@ class RunDirectory:
         self.path = path
         self.config = path / "config.yaml"
         self.outcome = path / "outcome.json"
+        self.lock = path / "lock"
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
         self.metrics = JsonLines(path / "metrics.jsonl")
@@ -142,7 +143,7 @@ class Lock:
         json.dump({"process": os.getpid(), "host": socket.gethostname(), "attempt": attempt}, self._file)
         self._file.flush()
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Lets others have it."""
         self._file.close()
 
@@ -166,7 +167,7 @@ class Lock:
             try:
                 lock._try()
             finally:
-                lock.release()
+                lock.close()
 
     def _try(self) -> None:
         try:

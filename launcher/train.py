@@ -8,6 +8,7 @@ a function of (seed, position), initial values of (seed, name), and a checkpoint
 import logging
 import math
 import signal
+from contextlib import closing
 from pathlib import Path
 
 from launcher.assemble import Parts, assemble
@@ -64,20 +65,19 @@ def save(parts: Parts, result: StepResult, records: Records) -> None:
 def work(job: TrainJob) -> int:
     """Joins the ranks, takes the run's lock, trains; returns the exit code."""
     directory = RunDirectory(job.directory)
-    lock = directory.path / "lock"
+    lock = Lock(directory.lock)
     preempt = Preempt()
-    with preempt.listening():
+    with preempt.listening(), closing(lock):
         return in_ranks(
-            lambda ranks: _attempt(job, directory, ranks, preempt),
+            lambda ranks: _attempt(job, directory, lock, ranks, preempt),
             job.ranks,
-            outcome=lambda attempt: directory.outcome if Lock.attempt(lock) == attempt else None,
+            outcome=lambda attempt: directory.outcome if Lock.attempt(directory.lock) == attempt else None,
         )
 
 
-def _attempt(job: TrainJob, directory: RunDirectory, ranks: Ranks, preempt: Preempt) -> Outcome:
-    lock = Lock(directory.path / "lock") if ranks.rank == 0 else None
+def _attempt(job: TrainJob, directory: RunDirectory, lock: Lock, ranks: Ranks, preempt: Preempt) -> Outcome:
     with agreed(f"start {directory.path}"):
-        if lock is not None:
+        if ranks.rank == 0:
             lock.take(ranks.attempt)
             directory.check_unchanged(job.config)
     parts = assemble(job.config, directory, attempt=ranks.attempt, preempt=preempt)

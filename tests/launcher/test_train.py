@@ -1,0 +1,159 @@
+"""The loop as a user sees it: it goes on by itself, to the last bit, and refuses what would make it another run."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.outcome import Outcome
+from launcher.run_directory import RunDirectory
+from tests.launcher.tiny import Started, configuration, run, start
+
+LONG = {"steps": 40}
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    """What `metrics.jsonl` says of the numbers: those that must not depend on time."""
+    exact = ("step", "loss", "grad_norm", "learning_rate", "tokens", "samples", "batch_hash", "validation_loss")
+    found = RunDirectory(directory / "run").metrics
+    return [{key: record[key] for key in exact if key in record} for record in found]
+
+
+def wait_for_step(started: Started, directory: Path, step: int) -> None:
+    """Returns once the run has logged this step."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if any(record["step"] >= step for record in RunDirectory(directory / "run").metrics):
+            return
+        time.sleep(0.02)
+    started.send(signal.SIGKILL)
+    started.wait()
+    pytest.fail(f"step {step} was not reached:\n{started.said()}")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path, store: Path, ranks: int) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for directory in (whole, killed):
+        directory.mkdir()
+    sections = {"train": LONG, "evaluate": {"every_steps": 10, "batches": 2}}
+    assert run("train", configuration(whole, store, **sections), ranks=ranks)[0] == [0] * ranks
+    config = configuration(killed, store, **sections)
+    started = start("train", config, ranks=ranks)
+    wait_for_step(started, killed, 14)
+    started.send(signal.SIGKILL)
+    assert started.wait() == [-signal.SIGKILL] * ranks
+    assert run("train", config, ranks=ranks)[0] == [0] * ranks
+    assert records(killed) == records(whole)
+    assert len(records(whole)) == LONG["steps"]
+    attempts = list(RunDirectory(killed / "run").history)
+    assert [attempt["from_step"] > 0 for attempt in attempts] == [False, True]
+
+
+@pytest.mark.distributed
+def test_a_signal_saves_on_all_ranks_and_asks_to_be_requeued(tmp_path: Path, store: Path) -> None:
+    config = configuration(tmp_path, store, train={"steps": 1000}, checkpoint={"every_steps": 1000})
+    started = start("train", config, ranks=2)
+    wait_for_step(started, tmp_path, 3)
+    started.processes, (second,) = started.processes[:1], started.processes[1:]
+    alone = Started(processes=[second], output=started.output)
+    alone.send(signal.SIGTERM)
+    assert started.wait() == [75], started.said()
+    assert alone.wait() == [75]
+    outcome = Outcome.read(tmp_path / "run" / "outcome.json")
+    assert outcome is not None
+    assert outcome.exit_code == 75
+    assert "SIGTERM" in outcome.message
+    saved = RunDirectory(tmp_path / "run").checkpoints / f"step-{outcome.step:08d}"
+    assert (saved / "manifest.json").is_file()
+    assert records(tmp_path)[-1]["step"] == outcome.step
+
+
+def test_an_interrupt_saves_too(tmp_path: Path, store: Path) -> None:
+    started = start("train", configuration(tmp_path, store, train={"steps": 1000}))
+    wait_for_step(started, tmp_path, 2)
+    started.send(signal.SIGINT)
+    assert started.wait() == [130]
+    assert "the same command goes on" in started.said()
+
+
+def test_a_second_writer_is_refused_and_told_who_holds_the_run(tmp_path: Path, store: Path) -> None:
+    config = configuration(tmp_path, store, train={"steps": 1000})
+    first = start("train", config)
+    wait_for_step(first, tmp_path, 1)
+    codes, said = run("train", config)
+    first.send(signal.SIGKILL)
+    pid = first.processes[0]
+    first.wait()
+    assert codes == [2]
+    assert f"is being written by process {pid}" in said
+    assert not (tmp_path / "run" / "outcome.json").exists(), "who was refused must not write to the run"
+    assert run("train", config, "train.steps=3")[0] == [0], "the lock of the dead is taken over"
+
+
+def test_a_finished_run_says_so(tmp_path: Path, store: Path) -> None:
+    config = configuration(tmp_path, store, train={"steps": 3})
+    assert run("train", config)[0] == [0]
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    codes, said = run("train", config)
+    assert codes == [0]
+    assert "is finished: 3 steps" in said
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_configuration_of_a_saved_run_is_refused_with_its_differences(tmp_path: Path, store: Path) -> None:
+    config = configuration(tmp_path, store, train={"steps": 3})
+    assert run("train", config)[0] == [0]
+    codes, said = run("train", config, "optimizer.learning_rate=0.5", "train.steps=6")
+    assert codes == [2]
+    assert "optimizer.learning_rate is 0.5: expected 0.01" in said
+    assert "train.steps is 6: expected 3" in said
+    assert "another length is another run" in said
+    assert run("train", config, "train.log_every_steps=7", "checkpoint.keep=1")[0] == [0], "harmless keys may change"
+
+
+@pytest.mark.distributed
+def test_another_layout_goes_on_where_the_run_stopped(tmp_path: Path, store: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for directory in (one, two):
+        directory.mkdir()
+    assert run("train", configuration(one, store))[0] == [0]
+    config = configuration(two, store)
+    started = start("train", config, ranks=2)
+    wait_for_step(started, two, 4)
+    started.send(signal.SIGKILL)
+    started.wait()
+    assert run("train", config, "parallel.zero_stage=0")[0] == [0]
+    changes = list(RunDirectory(two / "run").history)[-1]["config_changes"]
+    assert changes == {"parallel.zero_stage": [1, 0]}
+    for mine, theirs in zip(records(two), records(one), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["batch_hash"] == theirs["batch_hash"]
+
+
+def test_every_file_of_a_run_is_well_formed(tmp_path: Path, store: Path) -> None:
+    assert run("train", configuration(tmp_path, store, evaluate={"every_steps": 4, "batches": 1}))[0] == [0]
+    directory = RunDirectory(tmp_path / "run")
+    record = list(directory.metrics)[-1]
+    assert set(record) >= {
+        "step", "loss", "tokens", "samples", "learning_rate", "grad_norm", "tokens_per_second",
+        "mfu_causal", "mfu_full", "memory_bytes", "time_data_seconds", "time_forward_backward_seconds", "time_communication_seconds",
+        "time_optimizer_seconds", "time_save_seconds", "batch_hash", "validation_loss",
+    }  # fmt: skip
+    assert record["tokens"] == record["samples"] * 32 == 12 * 4 * 32
+    assert [event["event"] for event in directory.events] == ["started", "saved", "saved", "saved", "finished"]
+    assert json.loads(directory.outcome.read_text())["step"] == 12
+    state = json.loads((directory.checkpoints / "step-00000012" / "state.json").read_text())
+    assert state["progress"]["step"] == 12
+    assert state["loader"]["position"] == 48
+    assert set(state["loader"]["ledger"]) == {"code", "prose"}
+
+
+def test_the_loss_falls(tmp_path: Path, store: Path) -> None:
+    assert run("train", configuration(tmp_path, store))[0] == [0]
+    losses = [record["loss"] for record in records(tmp_path)]
+    assert losses[-1] < losses[0] - 1
