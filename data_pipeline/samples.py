@@ -26,7 +26,8 @@ in it, because neighbours in the stream are often parts of one long document. A 
 inside which order is shuffled; its number is part of the key, so that shards sealed later, as further windows, change
 nothing that was decided. A finished store is one window. Evaluation reads the same stream unshuffled, in store order.
 
-Cost: 24 bytes a document of the source for each pass in use (two at its border); no token is touched one by one.
+Cost: 16 bytes a document of the source, and for each of the last three passes 16 bytes a document and 8 a sample; no
+token is touched one by one.
 """
 
 from collections.abc import Sequence
