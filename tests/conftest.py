@@ -21,8 +21,8 @@ if not Path("/dev/nvidiactl").exists():
 
 os.environ.update(_ENVIRONMENT)
 
-# The libraries below us warn while they are imported (deprecations of their own); warnings are errors only in what runs.
+# The libraries below us warn of their own deprecations while they are imported; only what runs later is held to account.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import megatron.core.models.hybrid.hybrid_model  # noqa: E402
-    from deepspeed.runtime import engine  # noqa: E402, F401
+    import megatron.core.models.hybrid.hybrid_model  # noqa: F401
+    from deepspeed.runtime import engine  # noqa: F401
