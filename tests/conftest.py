@@ -21,7 +21,7 @@ if not Path("/dev/nvidiactl").exists():
 
 os.environ.update(_ENVIRONMENT)
 
-# The libraries below us warn of their own deprecations while they are imported; only what runs later is held to account.
+# The libraries below us warn of their own deprecations on import; only what runs later is held to account.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import megatron.core.models.hybrid.hybrid_model  # noqa: F401
