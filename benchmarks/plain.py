@@ -1,7 +1,7 @@
 """The same Llama in plain PyTorch, as a person would write it for speed: what the engine is measured against.
 
-Batch first, SDPA, fused AdamW, autocast for bf16 (weights, gradients and moments stay fp32), documents attended to one by
-one as in model/attention.py. Nothing of megatron-core, DeepSpeed or this project's rooms but the configuration.
+Batch first, SDPA, fused AdamW, autocast for bf16 (weights, gradients and moments stay fp32), documents attended to one
+by one as in model/attention.py. Nothing of megatron-core, DeepSpeed or this project's rooms but the configuration.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,8 +39,10 @@ class Block(nn.Module):
         """[batch, sequence, hidden] -> the same shape."""
         batch, sequence, width = hidden.shape
         fused = self.qkv(rms_norm(hidden, (width,), self.attention_norm, self.eps))
-        query, key, value = fused.view(batch, sequence, -1, self.head_size).transpose(1, 2).split(
-            (self.heads, self.kv_heads, self.kv_heads), dim=1
+        query, key, value = (
+            fused.view(batch, sequence, -1, self.head_size)
+            .transpose(1, 2)
+            .split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         )
         query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
         attended = scaled_dot_product_attention(

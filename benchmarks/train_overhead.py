@@ -2,8 +2,9 @@
 
     python benchmarks/train_overhead.py [--rounds 15] [--json FILE]
 
-The two take turns, a few steps each, so that whatever else the machine does meets both; the ratio of each pair of turns is
-kept and the median printed. One rank, gloo (NCCL on an accelerator), ZeRO-1, four micro-batches a step, random tokens.
+The two take turns, a few steps each, so that whatever else the machine does meets both; the ratio of each pair of
+turns is kept and the median printed. One rank, gloo (NCCL on an accelerator), ZeRO-1, four micro-batches a step,
+random tokens.
 """
 
 import argparse
@@ -37,7 +38,7 @@ STEPS_A_TURN = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is trained. A CPU without bf16 instructions multiplies bf16 a hundred times slower, hence the small model."""
+    """What is trained; the bf16 model is small, for a CPU without bf16 instructions is a hundred times slower."""
 
     name: str
     model: ModelConfig

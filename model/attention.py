@@ -1,15 +1,15 @@
 """Attention inside documents: rotary positions, then PyTorch's `scaled_dot_product_attention`, document by document.
 
-The idea: a packed sequence holds several documents. Instead of a dense [sequence, sequence] mask, the flattened batch is
-cut at the document borders and each piece is a causal attention of its own. No masked block is ever computed, nothing of
-size sequence^2 is stored, and a document cannot see another by construction. Where every row is one document, one
-batched call does it all.
+The idea: a packed sequence holds several documents. Instead of a dense [sequence, sequence] mask, the flattened batch
+is cut at the document borders and each piece is a causal attention of its own. No masked block is ever computed,
+nothing of size sequence^2 is stored, and a document cannot see another by construction. Where every row is one
+document, one batched call does it all.
 
-The trade-off: one kernel launch a document. Rotary positions are applied here, not in megatron-core's attention, because
-they restart at each document, so they differ from row to row.
+The trade-off: one kernel launch a document. Rotary positions are applied here, not in megatron-core's attention,
+because they restart at each document, so they differ from row to row.
 
-What a layer needs beside its hidden states travels as `AttentionContext` in the slot that megatron-core passes, untouched,
-from the model to each layer's core attention (`packed_seq_params`).
+What a layer needs beside its hidden states travels as `AttentionContext` in the slot that megatron-core passes,
+untouched, from the model to each layer's core attention (`packed_seq_params`).
 """
 
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ class DocumentAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
     ) -> Tensor:
-        """[sequence, batch, heads, head_size] three times (fewer heads in key and value) -> [sequence, batch, hidden]."""
+        """[sequence, batch, heads, head_size], fewer heads in key and value -> [sequence, batch, hidden]."""
         context = packed_seq_params
         query = rotate(query, context.cosine, context.sine)
         key = rotate(key, context.cosine, context.sine)
@@ -112,10 +112,7 @@ class DocumentAttention(MegatronModule):
             return attended.permute(2, 0, 1, 3).flatten(2)
         sequence, batch = query.shape[:2]
         pieces = zip(
-            *(
-                tensor.transpose(0, 1).flatten(0, 1).split(context.document_lengths)
-                for tensor in (query, key, value)
-            ),
+            *(tensor.transpose(0, 1).flatten(0, 1).split(context.document_lengths) for tensor in (query, key, value)),
             strict=True,
         )  # a document at a time: [length, heads, head_size] three times
         attended = [self._attend(*(piece.transpose(0, 1)[None] for piece in triple))[0] for triple in pieces]

@@ -4,8 +4,8 @@ megatron-core's `HybridModel` builds the embedding, the layers and the output; t
 twenty lines that pretraining needs, with positions and document borders per token.
 """
 
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from model.attention import AttentionContext, RotaryTable, document_lengths
@@ -41,12 +41,17 @@ class CausalLanguageModel(HybridModel):
             pg_collection=topology.groups,
             vp_stage=chunk if chunks > 1 else None,
         )
+        head_size = config.kv_channels or config.hidden_size // config.num_attention_heads
         self.rotary = RotaryTable(
-            head_size=config.kv_channels, base=rope_base, sequence_length=sequence_length, dtype=config.params_dtype
+            head_size=head_size,
+            base=rope_base,
+            sequence_length=sequence_length,
+            dtype=config.params_dtype,
         )
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """A batch (INTERFACES: `tokens`, `positions`, `document_ids`, each [batch, sequence], on the CPU or the device).
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """A batch (INTERFACES: `tokens`, `positions`, `document_ids`, each [batch, sequence], on the CPU or the
+        device).
 
         Returns:
             The logits [sequence, batch, vocabulary / tensor] on the last chunk; else hidden states

@@ -1,7 +1,7 @@
 """How large a model is and what a token costs, as arithmetic on its configuration.
 
-FLOPs count a multiplication and an addition as two. A training step costs three forward passes (one forward, two backward);
-recomputation is not counted, because it does no useful work. Source of the counting: Chowdhery et al., 2022,
+FLOPs count a multiplication and an addition as two. A training step costs three forward passes (one forward, two
+backward); recomputation is not counted, because it does no useful work. Source of the counting: Chowdhery et al., 2022,
 arXiv:2204.02311, appendix B.
 """
 

@@ -1,7 +1,7 @@
 """The layers of a causal Transformer as megatron-core specs, from parts that run everywhere.
 
-A pattern symbol of megatron-core's hybrid stack is a whole Transformer layer here (attention and MLP), so that layers are
-blocks: their numbers, their share in a pipeline and their recomputation all count the same thing.
+A pattern symbol of megatron-core's hybrid stack is a whole Transformer layer here (attention and MLP), so that layers
+are blocks: their numbers, their share in a pipeline and their recomputation all count the same thing.
 """
 
 from functools import partial
@@ -28,8 +28,8 @@ from model.attention import DocumentAttention
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm (Zhang and Sennrich, 2019, arXiv:1910.07467) that is right under sequence parallelism.
 
-    Each tensor rank then sees its own part of the sequence, so the weight's gradient is a sum over the tensor ranks; the
-    weight is read through an operation whose backward is that sum, inside the graph, before ZeRO reduces anything.
+    Each tensor rank then sees its own part of the sequence, so the weight's gradient is a sum over the tensor ranks;
+    the weight is read through an operation whose backward is that sum, inside the graph, before ZeRO reduces anything.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
@@ -65,28 +65,26 @@ def transformer_layer() -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=DocumentAttention,
+                    core_attention=DocumentAttention,  # pyright: ignore[reportArgumentType]
                     linear_proj=RowParallelLinear,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=RMSNorm,
             mlp=partial(
                 MLP.as_mlp_submodule,
                 submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         ),
     )
 
 
 def transformer_stack() -> ModuleSpec:
     """The stack whose every `ATTENTION` symbol is one `transformer_layer`."""
-    return ModuleSpec(
-        module=TransformerStack, submodules=HybridStackSubmodules(attention_layer=transformer_layer())
-    )
+    return ModuleSpec(module=TransformerStack, submodules=HybridStackSubmodules(attention_layer=transformer_layer()))
 
 
 LAYER_SYMBOL = hybrid_block.LayerSymbols.ATTENTION

@@ -62,7 +62,7 @@ def install() -> None:
     schedules.torch = _TorchOnCpu("torch")
     torch.cuda.current_device = _current_device
     torch.cuda.synchronize = _nothing
-    torch.Tensor.cuda = _stay
+    torch.Tensor.cuda = _stay  # pyright: ignore[reportAttributeAccessIssue]
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.get_rng_state = _get_random_state
     tensor_parallel_random._get_cuda_rng_state = _get_random_state

@@ -2,9 +2,9 @@
 
     batch -> micro-batches -> forward and backward on every pipeline stage -> reduced gradients -> clipped update
 
-Contract: `step` and `evaluate` take this data-parallel slice's batch and return the same numbers on every rank. The loss is
-a weighted sum over a weighted count, divided once over all ranks, so that neither the number of micro-batches nor of ranks
-changes it. The model and its objective know nothing of this file; ZeRO stands behind `Updater`.
+Contract: `step` and `evaluate` take this data-parallel slice's batch and return the same numbers on every rank. The
+loss is a weighted sum over a weighted count, divided once over all ranks, so that neither the number of micro-batches
+nor of ranks changes it. The model and its objective know nothing of this file; ZeRO stands behind `Updater`.
 """
 
 import time
@@ -181,7 +181,7 @@ class Engine:
         return stage(batch), partial(self._loss, batch)
 
     def _loss(self, batch: Batch, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the schedule asks of the last stage: a loss to differentiate, a count (ours is global), what to report."""
+        """What the schedule asks of the last stage: a loss to differentiate, a count (unused), what to report."""
         loss_sum, _, _ = self._objective(outputs, batch, self.topology.groups.tp)
         return loss_sum, torch.ones((), dtype=torch.int), loss_sum.detach()
 

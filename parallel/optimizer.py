@@ -1,14 +1,15 @@
 """The optimizer and the unsharded way to step it.
 
-`Updater` is what the engine knows of an optimizer: where gradients accumulate, when they are reduced, how a step is taken,
-what a checkpoint keeps. `ZeroUpdater` (parallel/zero.py) is DeepSpeed's; `PlainUpdater` here is stage 0: a torch optimizer
-and our own all-reduce, small enough to be read in one go. It also takes float64, so it is the oracle of every proof.
+`Updater` is what the engine knows of an optimizer: where gradients accumulate, when they are reduced, how a step is
+taken, what a checkpoint keeps. `ZeroUpdater` (parallel/zero.py) is DeepSpeed's; `PlainUpdater` here is stage 0: a
+torch optimizer and our own all-reduce, small enough to be read in one go. It also takes float64, so it is the oracle
+of every proof.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ class Kind(StrEnum):
 class Updater(Protocol):
     """How gradients become a step."""
 
-    module: torch.nn.Module
+    module: Any
     """What forward passes go through."""
     gradient_scale: float
     """By what a gradient must be multiplied so that, after reduction, it is the sum over data-parallel ranks."""
@@ -65,7 +66,9 @@ class Updater(Protocol):
         ...
 
 
-def adamw(parameters: Sequence[LocalParameter], tensors: Sequence[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
+def adamw(
+    parameters: Sequence[LocalParameter], tensors: Sequence[Tensor], config: OptimizerConfig
+) -> torch.optim.AdamW:
     """torch's fused AdamW over `tensors`, one for each of `parameters`; weight decay on matrices only."""
     decayed = [tensor for local, tensor in zip(parameters, tensors, strict=True) if len(local.shape) > 1]
     others = [tensor for local, tensor in zip(parameters, tensors, strict=True) if len(local.shape) <= 1]
@@ -83,7 +86,7 @@ def adamw(parameters: Sequence[LocalParameter], tensors: Sequence[Tensor], confi
 
 
 def create_state(optimizer: torch.optim.AdamW) -> None:
-    """Makes AdamW's state at once instead of at the first step, so that memory and checkpoints are the same throughout."""
+    """Makes AdamW's state at once, not at the first step, so that memory and checkpoints are the same throughout."""
     for group in optimizer.param_groups:
         for tensor in group["params"]:
             optimizer.state[tensor] = {
@@ -109,7 +112,7 @@ def reduce_tied(parameters: Sequence[LocalParameter], gradients: Sequence[Tensor
 
 
 class PlainUpdater:
-    """Stage 0: every rank holds everything; gradients are summed by all-reduce, in fp32 (float64 for float64 models)."""
+    """Stage 0: every rank holds everything; gradients are summed by all-reduce, in fp32 (float64 in float64)."""
 
     gradient_scale = 1.0
 
@@ -198,10 +201,11 @@ class PlainUpdater:
         set_steps(self.optimizer, steps)
 
 
-def _add_into(total: Tensor):  # noqa: ANN202 (torch's hook type has no name)
+def _add_into(total: Tensor) -> Callable[[Tensor], None]:
     """A hook that moves a fresh gradient into its float32 sum."""
 
     def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
         total.add_(parameter.grad)
         parameter.grad = None
 

@@ -5,12 +5,15 @@ module reads that description once, before ZeRO flattens or partitions anything,
 serves initial values, checkpoints and the comparison of gradients, so that all three mean the same thing by a name.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 
@@ -30,8 +33,10 @@ class Shard:
 
     def of(self, local: Tensor) -> Tensor:
         """The piece of a tensor that has the whole local parameter's shape; a view."""
-        return local.flatten().narrow(0, self.start, self.description.local_shape.numel()).view(
-            self.description.local_shape
+        return (
+            local.flatten()
+            .narrow(0, self.start, math.prod(self.description.local_shape))
+            .view(self.description.local_shape)
         )
 
     def holding(self, local: Tensor, *, key: str) -> ShardedTensor:
@@ -57,7 +62,7 @@ class LocalParameter:
 
 
 def _pieces(chunk: torch.nn.Module) -> Iterator[ShardedTensor]:
-    state = chunk.sharded_state_dict()
+    state = cast(MegatronModule, chunk).sharded_state_dict()
     apply_factories(state)
     for value in nested_values(state):
         if isinstance(value, ShardedTensor) and value.data is not None:
@@ -69,6 +74,7 @@ def local_parameters(chunks: Sequence[torch.nn.Module], *, last_stage_of_several
     by_storage: dict[int, list[ShardedTensor]] = {}
     for chunk in chunks:
         for piece in _pieces(chunk):
+            assert piece.data is not None
             by_storage.setdefault(piece.data.untyped_storage().data_ptr(), []).append(piece)
     found: list[LocalParameter] = []
     for chunk in chunks:
@@ -77,8 +83,8 @@ def local_parameters(chunks: Sequence[torch.nn.Module], *, last_stage_of_several
             assert pieces, f"{name} has no sharded description"
             shards = tuple(
                 Shard(
-                    description=replace(piece, data=None, local_shape=torch.Size(piece.local_shape)),
-                    start=piece.data.storage_offset() - parameter.storage_offset(),
+                    description=replace(piece, data=None, local_shape=tuple(piece.local_shape)),
+                    start=int(cast(Tensor, piece.data).storage_offset() - parameter.storage_offset()),
                 )
                 for piece in pieces
             )

@@ -1,7 +1,7 @@
 """The learning rate as a function of the step.
 
-Contract: `learning_rate(step)` is for the step-th update, counted from 1. Warm-up is linear from zero and reaches the peak
-at `warmup_steps`; the shape after it ends at `min_learning_rate` on the last step.
+Contract: `learning_rate(step)` is for the step-th update, counted from 1. Warm-up is linear from zero and reaches the
+peak at `warmup_steps`; the shape after it ends at `min_learning_rate` on the last step.
 """
 
 import math

@@ -1,32 +1,31 @@
 """ZeRO stages 1, 2 and 3: DeepSpeed shards what the optimizer holds over the data-parallel ranks.
 
-Source: Rajbhandari et al., 2020, arXiv:1910.02054. DeepSpeed was not made to be driven by megatron-core's schedules; what
-this module does about it, each point held by the gradient matrix of tests/distributed/test_gradients.py:
+Source: Rajbhandari et al., 2020, arXiv:1910.02054. DeepSpeed was not made to be driven by megatron-core's schedules;
+what this module does about it, each point held by the gradient matrix of tests/distributed/test_gradients.py:
 
 - Stages 2 and 3 reduce and partition gradients during each backward, as DeepSpeed does by itself. It resets its
-  bookkeeping only at a forward, while a pipeline's last backward passes follow each other, so that their reduction would
-  be skipped without a word; the reset is done here, at the start of each backward.
+  bookkeeping only at a forward, while a pipeline's last backward passes follow each other, so that their reduction
+  would be skipped without a word; the reset is done here, at the start of each backward.
 - Stage 1 accumulates whole gradients in fp32 and reduces them once, after the last backward. So does stage 2 where its
   own way cannot work (interleaved stages; an embedding tied over a pipeline), and then shards what stage 1 shards.
 - A tied embedding's two copies are added up before that reduction, because ZeRO partitions the two differently.
 - bf16 weights keep fp32 masters, moments and gradient sums in every stage; DeepSpeed's separate bf16 optimizer (whole,
   unsharded gradients) is never used.
-- The shared-memory all-reduce that DeepSpeed compiles where it finds a compiler stays off, so that a CPU's numbers do not
-  depend on whether there is one.
+- The shared-memory all-reduce that DeepSpeed compiles where it finds a compiler stays off, so that a CPU's numbers do
+  not depend on whether there is one.
 """
 
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed.comm
 import deepspeed.ops
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from deepspeed.utils import (
     logger,
     safe_get_full_fp32_param,
@@ -74,9 +73,9 @@ class _ModelParallelUnit:
 class _Engine(DeepSpeedEngine):
     """DeepSpeed's engine with the ZeRO optimizer wherever one was asked for."""
 
-    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
+    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> Literal["zero_optimization"]:
         super()._do_optimizer_sanity_check(basic_optimizer)
-        return ZERO_OPTIMIZATION
+        return "zero_optimization"
 
     def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
         """Leaves a gradient as it is: micro-batches are weighed by their tokens, not by their number."""

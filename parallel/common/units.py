@@ -12,7 +12,7 @@ _COUNT = re.compile(r"(\d+(?:\.\d+)?(?:[eE][+]?\d+)?)\s*([KMBT]?)", re.IGNORECAS
 
 def format_bytes(count: float) -> str:
     """`format_bytes(1536)` is `1.5 KiB`; three significant digits, powers of 1024."""
-    value = float(count)
+    value, unit = float(count), ""
     for unit in _BINARY:
         if abs(value) < 1000 or unit == _BINARY[-1]:
             break
@@ -22,7 +22,7 @@ def format_bytes(count: float) -> str:
 
 def format_count(count: float) -> str:
     """`format_count(7_241_728)` is `7.24M`; three significant digits, powers of 1000."""
-    value = float(count)
+    value, unit = float(count), ""
     for unit in _DECIMAL:
         if abs(value) < 999.5 or unit == _DECIMAL[-1]:
             break

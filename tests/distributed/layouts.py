@@ -1,7 +1,7 @@
 """A tiny model in any layout: what one step finds, in terms that do not depend on the layout.
 
-`found` runs on each rank of a world; `whole` puts the ranks' shards together. Names are global names, so two layouts are
-compared parameter by parameter.
+`found` runs on each rank of a world; `whole` puts the ranks' shards together. Names are global names, so two layouts
+are compared parameter by parameter.
 """
 
 from dataclasses import dataclass, replace

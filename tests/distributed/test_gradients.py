@@ -1,8 +1,8 @@
 """The gradient matrix: every layout against one rank, parameter by parameter.
 
-One rank at stage 0 (plain torch, no DeepSpeed) is the oracle. float64 at stage 0 must agree to 1e-11; fp32 under ZeRO to
-2e-6; bf16 exactly as far as the same roundings happen in the same order (data and pipeline parallelism), and elsewhere it
-must be no further from fp32 than one rank's bf16 is.
+One rank at stage 0 (plain torch, no DeepSpeed) is the oracle. float64 at stage 0 must agree to 1e-11; fp32 under ZeRO
+to 2e-6; bf16 exactly as far as the same roundings happen in the same order (data and pipeline parallelism), and
+elsewhere it must be no further from fp32 than one rank's bf16 is.
 """
 
 from functools import cache
