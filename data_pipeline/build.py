@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -272,14 +273,11 @@ def _metered(parts: Parts, rows: NDArray[np.int64], meter: Meter) -> Iterator[st
 def _encoded(parts: Parts, rows: NDArray[np.int64], tokenizer: Tokenizer, meter: Meter) -> Iterator[TokenizedDocument]:
     """Documents on their way into the store, about a MiB encoded at a time."""
     for batch in texts_of(parts, rows):
-        start = 0
-        while start < len(batch):
-            stop, sizes = start, []
-            while stop < len(batch) and sum(sizes) < _ENCODED_BYTES:
-                sizes.append(len(batch[stop][1].encode()))
-                stop += 1
+        sizes = [len(text.encode()) for _, text in batch]
+        portions = np.cumsum(sizes) // _ENCODED_BYTES
+        borders = [0, *(np.flatnonzero(np.diff(portions)) + 1).tolist(), len(batch)]
+        for start, stop in pairwise(borders):
             encoded = tokenizer.encode_batch([text for _, text in batch[start:stop]])
-            for (identifier, _), tokens, size in zip(batch[start:stop], encoded, sizes, strict=True):
+            for (identifier, _), tokens, size in zip(batch[start:stop], encoded, sizes[start:stop], strict=True):
                 yield TokenizedDocument(id=identifier, tokens=tokens, text_bytes=size)
-            meter.advance(sum(sizes))
-            start = stop
+            meter.advance(sum(sizes[start:stop]))

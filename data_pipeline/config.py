@@ -65,8 +65,8 @@ class SourceConfig:
 class CleanConfig:
     """Normalisation (NFC, line ends, control characters) and the smallest filters."""
 
-    min_characters: int = 32
-    """Shorter documents are dropped."""
+    min_characters: int = 20
+    """Shorter documents are dropped; the shortest Chinese poems have twenty characters."""
     max_characters: int = 1_000_000
     """Longer documents are dropped."""
 

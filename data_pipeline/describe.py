@@ -26,7 +26,7 @@ def _read(outcome: Mapping[str, Any]) -> str:
         f"from {_plural(outcome['files'][source] - outcome['left_out_by_limit'].get(source, 0), 'file')}"
         for source in counts["sources"]
     )
-    text = f"{documents:,} documents, {format_bytes(text_bytes)}: {per_source}{reasons(dropped(counts))}"
+    text = f"{_plural(documents, 'document')}, {format_bytes(text_bytes)}: {per_source}{reasons(dropped(counts))}"
     characters = sum(entry["characters"] for entry in outcome["undecodable"].values())
     if characters:
         broken = sum(entry["documents"] for entry in outcome["undecodable"].values())
@@ -58,7 +58,7 @@ def _split(outcome: Mapping[str, Any]) -> str:
         for split in ("training", "validation")
     }
     text = "; ".join(
-        f"{split} {documents:,} documents, {format_bytes(size)}" for split, (documents, size) in totals.items()
+        f"{split} {_plural(documents, 'document')}, {format_bytes(size)}" for split, (documents, size) in totals.items()
     )
     return text if totals["validation"][0] else f"{text} (too few documents to hold one out)"
 

@@ -1,7 +1,7 @@
 """What a person sees while a corpus is built: one line a stage, and a bar where a stage takes long.
 
-The bar appears after two seconds and only on a terminal; elsewhere (a log file, a batch job) a plain line every
-half minute says how far the stage is.
+The bar appears after two seconds and only on a terminal; elsewhere (a log file, a batch job) a plain line says every
+fifteen seconds how far the stage is.
 """
 
 import sys
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 _QUIET_SECONDS = 2.0
-_LINE_SECONDS = 30.0
+_LINE_SECONDS = 15.0
 
 
 class Meter:
@@ -24,7 +24,7 @@ class Meter:
         self._total = max(total, 1)
         self._done = 0
         self._console = console
-        self._next = time.monotonic() + _QUIET_SECONDS
+        self._next = time.monotonic() + (_QUIET_SECONDS if console.is_terminal else _LINE_SECONDS)
         self._bar: Progress | None = None
 
     def advance(self, amount: int) -> None:

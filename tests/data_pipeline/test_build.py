@@ -94,7 +94,7 @@ def test_the_store_holds_what_the_report_says(built: Path) -> None:
         assert documents == counts[source]["kept"]["documents"]
         assert sum(shard.text_bytes for shard in store.shards(source=source)) == counts[source]["kept"]["text_bytes"]
         assert store.shards(source=source, split="validation")
-    assert report["stages"]["clean"]["counts"]["sources"]["web"]["dropped"]["with fewer than 32 characters"][
+    assert report["stages"]["clean"]["counts"]["sources"]["web"]["dropped"]["with fewer than 20 characters"][
         "documents"
     ]
     assert set(report["stages"]) == {"read", "clean", "exact", "near", "split", "tokenizer", "store"}
@@ -121,7 +121,7 @@ def test_tokens_of_the_store_decode_to_the_documents(built: Path, corpus: Path) 
     removed = {row["removed_id"] for row in clusters}
     assert not removed & seen
     assert {row["kept_id"] for row in clusters} <= seen
-    assert {identifier for identifier, text in texts.items() if len(text) >= 32} == seen | removed
+    assert {identifier for identifier, text in texts.items() if len(text) >= 20} == seen | removed
 
 
 def test_any_number_of_threads_gives_the_same_bytes(
@@ -268,7 +268,7 @@ def test_bad_input_is_told_in_one_sentence(tmp_path: Path, corpus: Path) -> None
             "s",
             "web is empty after the stage read.*1 no text field.*one of the fields there: content",
         ),
-        (tmp_path / "tiny.jsonl", "s2", "web is empty after the stage clean.*1 with fewer than 32 characters"),
+        (tmp_path / "tiny.jsonl", "s2", "web is empty after the stage clean.*1 with fewer than 20 characters"),
         (tmp_path / "cut.jsonl.gz", "s3", r"cut\.jsonl\.gz cannot be read: it is cut off"),
         (good, "full", r"holds other files \(thesis\.tex\)"),
         (good, "file", "cannot be made"),
