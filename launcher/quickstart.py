@@ -25,6 +25,7 @@ from parallel.common.errors import UserError
 from parallel.common.files import hash_bytes
 from parallel.common.units import format_duration
 
+ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.yaml"
 _PROMPTS = ("import os\n\n\ndef ", "Permission is hereby granted")
 _RANKS = 2
@@ -50,10 +51,10 @@ def main(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_args(list(arguments))
     config = _config_file()
-    name, overrides = ("quickstart", _installed_text()) if options.data is None else _own_text(options.data)
+    name, overrides = ("quickstart", installed_text()) if options.data is None else own_text(options.data)
     console = Console(highlight=False, soft_wrap=True)
     started = time.monotonic()
-    for command in _commands(config, name, overrides, prompts=() if options.data else _PROMPTS):
+    for command in commands(config, name, overrides, prompts=() if options.data else _PROMPTS):
         console.print(f"\n[bold]{escape(command.meaning)}[/bold]")
         console.print(f"[cyan]$ bloomery {escape(_as_typed(command.arguments))}[/cyan]\n")
         code = _run(command.arguments)
@@ -65,7 +66,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _commands(config: Path, name: str, overrides: Sequence[str], *, prompts: Sequence[str]) -> list[Command]:
+def commands(config: Path, name: str, overrides: Sequence[str], *, prompts: Sequence[str]) -> list[Command]:
+    """The public commands, in order."""
     run = f"runs/{name}"
     texts = tuple(word for prompt in prompts for word in ("--prompt", prompt))
     configured = (str(config), *overrides)
@@ -95,19 +97,19 @@ def _commands(config: Path, name: str, overrides: Sequence[str], *, prompts: Seq
 
 def _config_file() -> Path:
     """`configs/quickstart.yaml` of this repository, as short as a user would type it from here."""
-    path = Path(__file__).resolve().parent.parent / CONFIG
+    path = ROOT / CONFIG
     if not path.is_file():
         raise UserError(f"{path} is missing: expected the repository's own {CONFIG}.")
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _installed_text() -> list[str]:
+def installed_text() -> list[str]:
     """Overrides that point both sources to the library and the packages of this Python."""
     directories = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")]
     return [f"data.sources.{source}.path=[{','.join(directories)}]" for source in (0, 1)]
 
 
-def _own_text(data: Path) -> tuple[str, list[str]]:
+def own_text(data: Path) -> tuple[str, list[str]]:
     """A name, and the overrides that make the user's file the only source of a store and a run of its own.
 
     Raises:

@@ -1,7 +1,7 @@
 """A checkpoint on the validation documents: every token predicted once, summed by source.
 
-Bits per byte = summed loss in bits / bytes of text. The ends of documents are predicted too and cost their bits, but
-have no bytes; the first token of a source's stream has nothing before it and is not predicted.
+Bits per byte = summed loss in bits / bytes of text. The ends of documents are predicted too: they cost bits and have no
+bytes.
 """
 
 import logging

@@ -140,9 +140,9 @@ def test_every_file_of_a_run_is_well_formed(tmp_path: Path, store: Path) -> None
     directory = RunDirectory(tmp_path / "run")
     record = list(directory.metrics)[-1]
     assert set(record) >= {
-        "step", "loss", "tokens", "samples", "learning_rate", "grad_norm", "tokens_per_second",
-        "mfu_causal", "mfu_full", "memory_bytes", "time_data_seconds", "time_forward_backward_seconds", "time_communication_seconds",
-        "time_optimizer_seconds", "time_save_seconds", "batch_hash", "validation_loss",
+        "step", "loss", "tokens", "samples", "learning_rate", "grad_norm", "tokens_per_second", "mfu_causal",
+        "mfu_full", "memory_bytes", "batch_hash", "validation_loss", "time_data_seconds", "time_save_seconds",
+        "time_forward_backward_seconds", "time_communication_seconds", "time_optimizer_seconds",
     }  # fmt: skip
     assert record["tokens"] == record["samples"] * 32 == 12 * 4 * 32
     assert [event["event"] for event in directory.events] == ["started", "saved", "saved", "saved", "finished"]
