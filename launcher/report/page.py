@@ -7,18 +7,17 @@ that comes from the corpus or the model is escaped. Light and dark follow the re
 import html
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from data_pipeline.describe import line
 from launcher import config as configuration
 from launcher.evaluation import result
 from launcher.outcome import Outcome
 from launcher.report.charts import charts
+from launcher.report.markup import asset, corpus, document, read_json, section, table
 from launcher.run_directory import RunDirectory
 from parallel.common.units import format_bytes, format_count
 
@@ -29,26 +28,18 @@ def page(run: RunDirectory) -> str:
     """The whole page."""
     config = configuration.load([run.config])
     records = list(run.metrics)
-    sections = [
-        ("Curves", _curves(records)),
-        ("Evaluation", _evaluation(_read(run.path / result.NAME))),
-        ("Samples", _samples(list(run.samples))),
-        ("Corpus", _corpus(_read(Path(config.data.store) / "report.json"), config.data.store)),
-        ("Attempts", _attempts(list(run.history))),
-        ("Configuration", f"<pre>{html.escape(run.config.read_text())}</pre>"),
+    report = read_json(Path(config.data.store) / "report.json")
+    missing = f"<p>{html.escape(config.data.store)} has no report.json.</p>"
+    body = [
+        _summary(run, records),
+        section("Curves", _curves(records)),
+        section("Evaluation", _evaluation(read_json(run.path / result.NAME))),
+        section("Samples", _samples(list(run.samples))),
+        section("Corpus", missing if report is None else corpus(report)),
+        section("Attempts", _attempts(list(run.history))),
+        section("Configuration", f"<pre>{html.escape(run.config.read_text())}</pre>"),
     ]
-    title = html.escape(config.run.name)
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{title}: Bloomery</title>\n<style>\n{_asset('page.css')}</style>",
-            f"<script>{get_plotlyjs()}</script>\n</head>\n<body>\n<main>",
-            f"<h1>{title}</h1>\n{_summary(run, records)}",
-            *(f"<section>\n<h2>{name}</h2>\n{body}\n</section>" for name, body in sections),
-            f"</main>\n<script>\n{_asset('page.js')}</script>\n</body>\n</html>\n",
-        ]
-    )
+    return document(config.run.name, body, head_script=get_plotlyjs(), end_script=asset("page.js"))
 
 
 def _summary(run: RunDirectory, records: Sequence[Mapping[str, Any]]) -> str:
@@ -86,7 +77,7 @@ def _evaluation(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "<p>Not evaluated yet: <code>bloomery evaluate</code> does it.</p>"
     note = f"Bits per byte on documents that training never saw, {found['checkpoint']}. {result.LEGEND}"
-    return f"<p>{html.escape(note)}</p>\n{_table(*result.table(found))}"
+    return f"<p>{html.escape(note)}</p>\n{table(*result.table(found))}"
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
@@ -101,25 +92,6 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-def _corpus(report: Mapping[str, Any] | None, store: str) -> str:
-    if report is None:
-        return f"<p>{html.escape(store)} has no report.json.</p>"
-    stages = "".join(
-        f"<dt>{html.escape(stage)}</dt><dd>{html.escape(line(stage, outcome))}</dd>"
-        for stage, outcome in report["stages"].items()
-    )
-    rows = []
-    for stage, outcome in report["stages"].items():
-        for source, counts in outcome.get("counts", {}).get("sources", {}).items():
-            kept = counts["kept"]
-            reasons = "; ".join(f"{lost['documents']:,} {reason}" for reason, lost in counts["dropped"].items())
-            rows.append(
-                (stage, source, f"{kept['documents']:,}", format_bytes(kept["text_bytes"]), reasons or "nothing")
-            )
-    table = _table(("stage", "source", "kept", "text", "dropped"), rows, text_columns=(0, 1, 4))
-    return f"<dl>{stages}</dl>\n{table}"
-
-
 def _attempts(history: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         (
@@ -132,26 +104,4 @@ def _attempts(history: Sequence[Mapping[str, Any]]) -> str:
         for attempt in history
     ]
     heads = ("began", "after step", "layout", "versions", "changes of the configuration")
-    return _table(heads, rows, text_columns=(0, 2, 3, 4))
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: Sequence[int] = (0,)) -> str:
-    def cells(values: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{'' if index in text_columns else ' class="number"'}>{html.escape(value)}</{tag}>"
-            for index, value in enumerate(values)
-        )
-
-    body = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f'<div class="wide"><table>\n<tr>{cells(heads, "th")}</tr>\n{body}\n</table></div>'
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _asset(name: str) -> str:
-    return files("launcher.report").joinpath(name).read_text()
+    return table(heads, rows, text_columns=(0, 2, 3, 4))
