@@ -54,7 +54,8 @@ def learnt(checkpoint: Checkpoint, store: Store) -> Failures:
         yield f"evaluation.json contradicts itself: {overall['bits_per_byte']} bits per byte, its loss means {reached}"
     unigram = unigram_bits_per_byte(store)
     if not reached <= LARGEST_RATIO * unigram:
-        yield f"{reached:.3f} bits per byte are {reached / unigram:.3f} of the unigram {unigram:.3f}: over {LARGEST_RATIO}"
+        ratio = f"{reached / unigram:.3f} of the unigram entropy of {unigram:.3f}"
+        yield f"{reached:.3f} bits per byte are {ratio}: expected at most {LARGEST_RATIO}"
 
 
 def records_whole(run: RunDirectory) -> Failures:
@@ -208,6 +209,9 @@ class _Page(HTMLParser):
         found = dict(attrs)
         self.loads += [str(found[name]) for name in ("src", "href") if name in found]
         self._script = found.get("type") or "text/javascript" if tag == "script" else None
+
+    def handle_endtag(self, tag: str) -> None:
+        self._script = None
 
     def handle_data(self, data: str) -> None:
         if self._script == "application/json":
