@@ -34,7 +34,7 @@ from data_pipeline.read import expected_bytes, read_sources
 from data_pipeline.report import refuse_empty
 from data_pipeline.sources import SourceFiles, find_files
 from data_pipeline.split import Kept, sample_bytes, sample_rows, split_documents, texts_of
-from data_pipeline.stages import Stage, Workspace, fingerprint_of, require_space
+from data_pipeline.stages import Stage, Workspace, fingerprint_of, require_space, room_on_disk
 from data_pipeline.store import TRAINING, VALIDATION, Store, StoreWriter, TokenizedDocument
 from data_pipeline.tokenizer import Tokenizer, train
 from parallel.common.errors import ConfigError, UserError
@@ -249,8 +249,9 @@ class _Build:
                     while writer.add_shard(source, name, encoded, max_tokens=self._config.shard_tokens):
                         pass
         self._say("store", sealed.store_outcome(writer.shards, parts.sources), reused=False)
-        write_clusters(parts, documents.removals, self._root / sealed.CLUSTERS)
-        write_json(self._root / sealed.REPORT, sealed.report_of(self._settings, self._sources, self._report))
+        with room_on_disk(self._root / sealed.REPORT, "store"):
+            write_clusters(parts, documents.removals, self._root / sealed.CLUSTERS)
+            write_json(self._root / sealed.REPORT, sealed.report_of(self._settings, self._sources, self._report))
         return writer.finish()
 
 

@@ -6,6 +6,9 @@ from typing import Any
 from data_pipeline.report import dropped, kept, kept_and_dropped, reasons
 from parallel.common.units import format_bytes, format_count
 
+_GOOD_RECALL = 0.99
+"""Share of the pairs at the threshold itself that the bands should find; of closer pairs they find more."""
+
 
 def line(stage: str, outcome: Mapping[str, Any]) -> str:
     """What a stage kept and dropped, in human units."""
@@ -41,6 +44,14 @@ def _read(outcome: Mapping[str, Any]) -> str:
 
 def _clean(outcome: Mapping[str, Any]) -> str:
     return f"{kept_and_dropped(outcome['counts'])}; normalised {sum(outcome['changed'].values()):,}"
+
+
+def _near(outcome: Mapping[str, Any]) -> str:
+    recall = outcome["expected_recall"]
+    if recall >= _GOOD_RECALL:
+        return _deduplicated(outcome)
+    hint = f"the bands find only {recall:.0%} of the pairs at {outcome['threshold']:g}: give more bands or fewer rows"
+    return f"{_deduplicated(outcome)}; {hint}"
 
 
 def _deduplicated(outcome: Mapping[str, Any]) -> str:
@@ -93,7 +104,7 @@ _LINES = {
     "read": _read,
     "clean": _clean,
     "exact": _deduplicated,
-    "near": _deduplicated,
+    "near": _near,
     "split": _split,
     "tokenizer": _tokenizer,
     "store": _store,

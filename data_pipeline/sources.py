@@ -84,7 +84,7 @@ def find_files(config: SourceConfig) -> SourceFiles:
             files.append(
                 InputFile(
                     path=path,
-                    name=prefix + relative,
+                    name=os.fsencode(prefix + relative).decode(errors="replace"),
                     format=known[0],
                     compression=known[1],
                     bytes=facts.st_size,

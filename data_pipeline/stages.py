@@ -12,7 +12,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,19 @@ def require_space(directory: Path, needed_bytes: int, stage: str) -> None:
         )
 
 
+@contextmanager
+def room_on_disk(directory: Path, stage: str) -> Iterator[None]:
+    """Says plainly that a disk ran full after all."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL_DISK:
+            raise
+        raise UserError(
+            f"the disk of {directory.parent} ran full in the stage {stage}: make room and run the same command again"
+        ) from error
+
+
 class Workspace:
     """The stages of one store."""
 
@@ -86,16 +100,9 @@ class Workspace:
         partial = self.directory / f".{stage}.partial"
         partial.mkdir()
         try:
-            outcome = work(partial)
-            self._commit(stage, partial, {"stage": stage, "fingerprint": fingerprint, "outcome": outcome})
-        except OSError as error:
-            if error.errno not in _FULL_DISK:
-                raise
-            free = format_bytes(shutil.disk_usage(self.directory).free)
-            raise UserError(
-                f"the disk of {self.directory} is full (the stage {stage} needs about {format_bytes(needed_bytes)}, "
-                f"{free} are free): make room and run the same command again"
-            ) from error
+            with room_on_disk(partial, stage):
+                outcome = work(partial)
+                self._commit(stage, partial, {"stage": stage, "fingerprint": fingerprint, "outcome": outcome})
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return Stage(directory=self.directory / stage, fingerprint=fingerprint, outcome=outcome, reused=False)

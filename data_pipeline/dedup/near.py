@@ -11,6 +11,7 @@ bucket holds kept documents only, and a document is compared with the first `_BU
 the work grows linearly. Memory: 24 bytes a document and 12 for each band that a candidate shares.
 """
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,10 @@ def deduplicate_nearly(
 ) -> dict[str, Any]:
     """Writes which documents are removed of the rows that `came_in`; returns the counts."""
     bands_file = directory / _BANDS_FILE
-    bands = np.memmap(bands_file, dtype=np.uint64, mode="w+", shape=(settings.bands, max(parts.rows, 1)))
+    with bands_file.open("wb") as opened:
+        # The blocks are taken now: on a full disk, writing to a mapped hole would end the process without a word.
+        os.posix_fallocate(opened.fileno(), 0, settings.bands * parts.rows * 8)
+    bands = np.memmap(bands_file, dtype=np.uint64, mode="r+", shape=(settings.bands, parts.rows))
     characters = np.zeros(parts.rows, dtype=np.int64)
     sizes = np.zeros(parts.rows, dtype=np.int64)
     work = partial(_sketch_group, parts, came_in, settings)
@@ -68,6 +72,8 @@ def deduplicate_nearly(
     return {
         "counts": count_removed(parts, came_in, sizes, removal, reason),
         "candidates": len(buckets.candidates),
+        "threshold": settings.threshold,
+        "expected_recall": 1 - (1 - settings.threshold**settings.rows) ** settings.bands,
     }
 
 

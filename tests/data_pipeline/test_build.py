@@ -309,7 +309,7 @@ def test_a_full_disk_is_told_before_a_stage_and_while_it_runs(
         build(config_of(corpus, tmp_path / "store"))
     monkeypatch.undo()
     monkeypatch.setattr(stages.Workspace, "_commit", _no_space)
-    with pytest.raises(UserError, match="is full"):
+    with pytest.raises(UserError, match="ran full in the stage read"):
         build(config_of(corpus, tmp_path / "store"))
     assert not any((tmp_path / "store" / "stages").iterdir())
 
@@ -343,6 +343,11 @@ def test_stages_that_are_switched_off_are_left_out(corpus: Path, tmp_path: Path)
     assert documents == sum(e["kept"]["documents"] for e in report["stages"]["clean"]["counts"]["sources"].values())
     assert not store.shards(split="validation")
     assert pq.read_table(store.path / "clusters.parquet").num_rows == 0
+
+
+def test_bands_that_miss_many_pairs_are_told(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(config_of(corpus, tmp_path / "store", stages=StagesConfig(near_dedup=NearDedupConfig(threshold=0.5))))
+    assert "the bands find only 27% of the pairs at 0.5" in capsys.readouterr().out
 
 
 def test_a_given_tokenizer_is_used_as_it_is(corpus: Path, built: Path, tmp_path: Path) -> None:

@@ -186,6 +186,11 @@ def test_a_tree_takes_text_files_and_follows_no_links(tmp_path: Path) -> None:
     assert [identifier for identifier, _ in both] == ["web/a/b/two.py", "web/a/one.py", "web/docs/read.md"]
 
 
+def test_a_file_name_that_is_not_utf_8_is_still_a_name(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.py")).write_text("text")
+    assert read(tmp_path, format=SourceFormat.tree)[0] == [("web/caf\ufffd.py", "text")]
+
+
 def test_globs_stay_inside_a_directory_unless_they_say_otherwise(tmp_path: Path) -> None:
     make_tree(tmp_path)
     for pattern, expected in (
