@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from launcher import config as configuration
 from launcher.config import RunConfig, load
+from model.size import parameter_count
 from parallel.common.errors import ConfigError, UserError
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent.parent / "configs").rglob("*.yaml"))
@@ -129,3 +130,19 @@ def test_a_mistake_in_an_override_is_one_sentence(override: str, told: str) -> N
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_file_of_the_repository_loads(path: Path) -> None:
     assert isinstance(load([path]), RunConfig)
+
+
+@pytest.mark.truth
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("1b", 1_235_814_400),
+        ("3b", 3_212_749_824),
+        ("8b", 8_030_261_248),
+        ("70b", 70_553_706_496),
+        ("405b", 405_853_388_800),
+    ],
+)
+def test_the_named_sizes_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
+    (path,) = [path for path in CONFIGS if path.stem == f"llama-{name}"]
+    assert parameter_count(load([path]).model, 128_256) == parameters
