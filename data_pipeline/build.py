@@ -30,9 +30,9 @@ from data_pipeline.dedup.near import deduplicate_nearly
 from data_pipeline.dedup.removed import Removal
 from data_pipeline.document import Parts
 from data_pipeline.progress import Meter, Screen
-from data_pipeline.read import expected_bytes, read_sources
+from data_pipeline.read import expected_bytes, find_source, read_sources
 from data_pipeline.report import refuse_empty
-from data_pipeline.sources import SourceFiles, find_files
+from data_pipeline.sources import SourceFiles
 from data_pipeline.split import Kept, sample_bytes, sample_rows, split_documents, texts_of
 from data_pipeline.stages import Stage, Workspace, fingerprint_of, require_space, room_on_disk
 from data_pipeline.store import TRAINING, VALIDATION, Store, StoreWriter, TokenizedDocument
@@ -59,7 +59,7 @@ def build(config: DataConfig, *, overwrite: bool = False) -> Store:
     problems = list(config.problems())
     if problems:
         raise ConfigError(problems)
-    sources = [find_files(source) for source in config.sources]
+    sources = [find_source(source) for source in config.sources]
     root = Path(config.store)
     with _sole_builder(root):
         return _Build(config, sources, root).run(overwrite=overwrite)

@@ -25,6 +25,8 @@ class SourceFormat(StrEnum):
     """One document a file, a long file in pieces (`document_bytes`)."""
     tree = "tree"
     """Every text file under a directory, one document a file; links and binary files are passed over."""
+    datasets = "datasets"
+    """A split of a Hugging Face dataset: its name on the Hub, or a directory; read in order, streaming."""
 
 
 class Packing(StrEnum):
@@ -40,12 +42,16 @@ class SourceConfig:
 
     name: str = MISSING
     path: Any = MISSING
-    """A file, a directory or a glob, or a list of them."""
+    """A file, a directory or a glob, or a list of them; of a Hugging Face dataset one name or one directory."""
     format: SourceFormat = SourceFormat.auto
     text_field: str = "text"
-    """Field that holds the text, for jsonl and parquet."""
+    """Field that holds the text, for jsonl, parquet and datasets."""
     id_field: str = "id"
-    """Field that holds the document's id, for jsonl and parquet; without it, ids are made from source and position."""
+    """Field that holds the document's id, likewise; without it, ids are made from source and position."""
+    split: str = "train"
+    """Split that is read, for datasets."""
+    subset: str | None = None
+    """Subset (configuration) that is read, for datasets that have several."""
     include: tuple[str, ...] = ()
     """Globs on the path relative to a directory, `lib/**/*.py`, or on the name alone, `*.py`; empty takes all."""
     exclude: tuple[str, ...] = ()
@@ -152,6 +158,7 @@ class DataConfig:
                 yield Problem(key=f"{key}.limit_bytes", got=source.limit_bytes, legal="1 or more, or null for all")
             if source.document_bytes and source.document_bytes < 1024:
                 yield Problem(key=f"{key}.document_bytes", got=source.document_bytes, legal="1024 or more, or 0")
+            yield from _dataset_problems(key, source)
         clean, near = self.stages.clean, self.stages.near_dedup
         ranges = (
             ("stages.clean.min_characters", clean.min_characters, 0, clean.max_characters),
@@ -167,3 +174,17 @@ class DataConfig:
             if got < least or (most is not None and got > most):
                 legal = f"{least} or more" if most is None else f"a number from {least} to {most}"
                 yield Problem(key=f"data.{key}", got=got, legal=legal)
+
+
+def _dataset_problems(key: str, source: SourceConfig) -> Iterator[Problem]:
+    """What is wrong with a Hugging Face dataset, or is said only of one and stands at another source."""
+    if source.format is SourceFormat.datasets:
+        if len(source.paths) != 1:
+            yield Problem(key=f"{key}.path", got=source.path, legal="one name or directory with format=datasets")
+        for name in ("include", "exclude"):
+            if getattr(source, name):
+                legal = "nothing with format=datasets, which reads a whole split"
+                yield Problem(key=f"{key}.{name}", got=getattr(source, name), legal=legal)
+    elif source.subset is not None or source.split != "train":
+        name, got = ("subset", source.subset) if source.subset is not None else ("split", source.split)
+        yield Problem(key=f"{key}.{name}", got=got, legal="left out, or format=datasets")

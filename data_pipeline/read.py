@@ -17,11 +17,13 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
+from data_pipeline.config import SourceConfig, SourceFormat
 from data_pipeline.document import BATCH_BYTES, PartWriter, batch_of
+from data_pipeline.hub import find_dataset, read_dataset
 from data_pipeline.progress import Meter
 from data_pipeline.readers import EMPTY, Reading, read_file
 from data_pipeline.report import Tally
-from data_pipeline.sources import SourceFiles
+from data_pipeline.sources import SourceFiles, find_files
 
 DUPLICATE_IDS = "duplicate_ids.parquet"
 _EXPANSION = 6
@@ -47,12 +49,22 @@ class Digest:
         return self._digest.hexdigest()
 
 
+def find_source(config: SourceConfig) -> SourceFiles:
+    """The files of a source, or of the split of a Hugging Face dataset.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+    return find_dataset(config) if config.format is SourceFormat.datasets else find_files(config)
+
+
 def expected_bytes(sources: Sequence[SourceFiles]) -> int:
-    """Text that the files will give, about."""
+    """Text that the files will give, about; of files on the Hub, whose sizes are not known, their limit."""
     total = 0
     for source in sources:
         size = sum(file.bytes * (_EXPANSION if file.compression else 1) for file in source.files)
-        total += min(size, source.config.limit_bytes or size)
+        limit = source.config.limit_bytes or size
+        total += min(size or limit, limit)
     return total
 
 
@@ -122,21 +134,23 @@ def documents(source: SourceFiles, reading: Reading) -> Iterator[tuple[str, str,
     """Id, text and its UTF-8 of a source's documents, up to its limit; empty ones are dropped."""
     limit = source.config.limit_bytes
     left = sys.maxsize if limit is None else limit
-    for number, file in enumerate(source.files):
+    is_dataset = source.config.format is SourceFormat.datasets
+    files = source.files[:1] if is_dataset else source.files  # a dataset is read in one piece
+    for number, file in enumerate(files):
         # A tree's file is one document: if it does not fit, another may. Near the limit only the smallest would.
         if source.is_tree and file.bytes > left:
             reading.left_out_files += 1
             if limit is not None and left < limit * _FULL:
-                reading.left_out_files += len(source.files) - number - 1
+                reading.left_out_files += len(files) - number - 1
                 return
             continue
-        for identifier, text in read_file(file, reading):
+        for identifier, text in read_dataset(source, reading) if is_dataset else read_file(file, reading):
             raw = text.encode()
             if not text or text.isspace():
                 reading.drop(EMPTY, identifier)
                 continue
             if len(raw) > left:
-                reading.left_out_files += len(source.files) - number - 1
+                reading.left_out_files += len(files) - number - 1
                 return
             left -= len(raw)
             reading.tally.keep(source.config.name, 1, len(raw))

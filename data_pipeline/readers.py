@@ -175,30 +175,45 @@ def _read_parquet(file: InputFile, reading: Reading) -> Iterator[tuple[str, str]
     text_field, id_field = reading.config.text_field, reading.config.id_field
     with pq.ParquetFile(file.path) as parquet:
         schema = parquet.schema_arrow
-        if text_field not in schema.names:
-            raise UserError(
-                f"data source {reading.config.name}: {file.path} has no column {text_field!r}: set text_field to one "
-                f"of {', '.join(schema.names)}"
-            )
-        kind = schema.field(text_field).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not any(is_kind(kind) for is_kind in _TEXT_KINDS):
-            raise UserError(
-                f"data source {reading.config.name}: the column {text_field!r} of {file.path} is {kind}: expected text"
-            )
+        require_text(schema, file.path, reading)
         columns = [text_field, *({id_field} & set(schema.names) - {text_field})]
         row = 0
         for batch in parquet.iter_batches(batch_size=_ROWS, columns=columns, use_threads=False):
-            texts = _binary(batch.column(text_field)).to_pylist()
-            ids = batch.column(id_field).to_pylist() if id_field in columns[1:] else [None] * len(texts)
-            for raw, identifier in zip(texts, ids, strict=True):
-                position = f"{reading.config.name}/{file.name}:{row}"
-                row += 1
-                if raw is None:
-                    reading.drop(NO_TEXT, position)
-                    continue
-                named = isinstance(identifier, int | str) and identifier != ""
-                yield str(identifier) if named else position, reading.decode(raw)
+            yield from read_rows(batch, f"{reading.config.name}/{file.name}", row, reading)
+            row += batch.num_rows
+
+
+def require_text(schema: pa.Schema, where: str, reading: Reading) -> None:
+    """Refuses a table without a column of text.
+
+    Raises:
+        UserError: the column is missing, with those that are there, or holds something else.
+    """
+    name, text_field = reading.config.name, reading.config.text_field
+    if text_field not in schema.names:
+        raise UserError(
+            f"data source {name}: {where} has no column {text_field!r}: set text_field to one of "
+            f"{', '.join(schema.names)}"
+        )
+    kind = schema.field(text_field).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not any(is_kind(kind) for is_kind in _TEXT_KINDS):
+        raise UserError(f"data source {name}: the column {text_field!r} of {where} is {kind}: expected text")
+
+
+def read_rows(batch: pa.RecordBatch, place: str, row: int, reading: Reading) -> Iterator[tuple[str, str]]:
+    """(id, text) of each row that has a text; a row without an id is named by its place, `row` being the first."""
+    text_field, id_field = reading.config.text_field, reading.config.id_field
+    texts = _binary(batch.column(text_field)).to_pylist()
+    has_ids = id_field != text_field and id_field in batch.schema.names
+    ids = batch.column(id_field).to_pylist() if has_ids else [None] * len(texts)
+    for number, (raw, identifier) in enumerate(zip(texts, ids, strict=True), start=row):
+        position = f"{place}:{number}"
+        if raw is None:
+            reading.drop(NO_TEXT, position)
+            continue
+        named = isinstance(identifier, int | str) and identifier != ""
+        yield str(identifier) if named else position, reading.decode(raw)
 
 
 _TEXT_KINDS: tuple[Callable[[Any], bool], ...] = (

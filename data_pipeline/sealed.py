@@ -12,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, SourceConfig, SourceFormat
 from data_pipeline.read import digest_of
 from data_pipeline.sources import SourceFiles, fingerprint_of_files
 from data_pipeline.stages import Workspace, fingerprint_of
@@ -52,9 +52,7 @@ def settings_of(config: DataConfig) -> dict[str, Any]:
             "mixture": dict(config.mixture),
         }
     settings = {
-        "read": [
-            {name: value for name, value in asdict(source).items() if name != "path"} for source in config.sources
-        ],
+        "read": [_read_settings(source) for source in config.sources],
         "clean": asdict(config.stages.clean),
         "exact": {"enabled": config.stages.exact_dedup},
         "near": asdict(config.stages.near_dedup),
@@ -65,12 +63,22 @@ def settings_of(config: DataConfig) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
+def _read_settings(source: SourceConfig) -> dict[str, Any]:
+    """Split and subset say something of Hugging Face datasets only."""
+    left_out = {"path"} if source.format is SourceFormat.datasets else {"path", "split", "subset"}
+    return {name: value for name, value in asdict(source).items() if name not in left_out}
+
+
 def state_of(sources: Iterable[SourceFiles]) -> str:
     """xxh3-128 of where the input files are, how large and how old."""
     digest = xxhash.xxh3_128()
     for source in sources:
         for file in source.files:
-            digest.update(f"{source.config.name}\0{file.path}\0{file.bytes}\0{file.modified_ns}\0".encode("utf-8", "surrogateescape"))
+            digest.update(
+                f"{source.config.name}\0{file.path}\0{file.bytes}\0{file.modified_ns}\0".encode(
+                    "utf-8", "surrogateescape"
+                )
+            )
     return digest.hexdigest()
 
 
@@ -104,9 +112,7 @@ def store_outcome(shards: Iterable[Shard], sources: Iterable[str]) -> dict[str, 
     return {"shards": number, "sources": counts}
 
 
-def find(
-    root: Path, settings: dict[str, Any], sources: Sequence[SourceFiles], *, overwrite: bool
-) -> Finished | None:
+def find(root: Path, settings: dict[str, Any], sources: Sequence[SourceFiles], *, overwrite: bool) -> Finished | None:
     """The finished store in a directory, if it is what is wanted; None where there is none.
 
     Args:
@@ -162,9 +168,7 @@ def _lines(root: Path) -> list[dict[str, Any]]:
         raise UserError(f"{root / MANIFEST} is damaged: remove {root}, or give another data.store") from error
 
 
-def _changes(
-    root: Path, report: dict[str, Any], settings: dict[str, Any], sources: Sequence[SourceFiles]
-) -> list[str]:
+def _changes(root: Path, report: dict[str, Any], settings: dict[str, Any], sources: Sequence[SourceFiles]) -> list[str]:
     """The stages whose settings changed, and whether the input did."""
     then = report["configuration"]
     changed = [stage for stage in settings if then.get(stage) != settings[stage]]
