@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.logs import quiet_imports
-from launcher.work import Work, is_first_rank
+from launcher.work import Work, as_mistake, is_first_rank
 from parallel.common.errors import ConfigError, UserError
 
 
@@ -79,12 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(given)
-    except UserError as error:
-        if is_first_rank():
-            print(_told(error), file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        mistake = as_mistake(error)
+        if mistake is None:
+            raise
+        if is_first_rank():
+            print(_told(mistake), file=sys.stderr)
+        return 2
 
 
 def _dispatch(given: list[str]) -> int:

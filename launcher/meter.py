@@ -7,6 +7,7 @@ Model FLOPs utilisation is given in both counts that the field uses: `mfu_causal
 matrix that a causal model needs, `mfu_full` all of it. Without a known peak (a CPU) both are None.
 """
 
+import math
 import resource
 import sys
 import time
@@ -72,7 +73,7 @@ class Meter:
 
     def summarise(self, progress: Progress, batch: Mapping[str, Tensor], result: StepResult) -> dict[str, Any]:
         """The record of a logged step, for `metrics.jsonl`; times are sums since the record before."""
-        loss, grad_norm = result.loss.item(), result.grad_norm.item()
+        loss, grad_norm = finite_loss(result, progress.step), result.grad_norm.item()
         elapsed = time.perf_counter() - self._started - sum(self._seconds[phase] for phase in _PAUSES)
         rate = (progress.tokens - self._tokens) / elapsed
         record = {
@@ -115,6 +116,21 @@ class Meter:
         dist.all_gather(slices, mine, group=group)
         ids = torch.cat(slices).cpu()
         return hash_bytes(ids[ids >= 0].sort().values.numpy().tobytes())
+
+
+def finite_loss(result: StepResult, step: int) -> float:
+    """The loss of a step.
+
+    Raises:
+        FloatingPointError: it is not finite; nothing after it is worth keeping.
+    """
+    loss = result.loss.item()
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss of step {step} is {loss}: the run ends here and this step is not saved; "
+            "go on from the newest checkpoint with a lower optimizer.learning_rate or other data"
+        )
+    return loss
 
 
 def _peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -27,7 +27,6 @@ from parallel.common.units import format_duration
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.yaml"
-_PROMPTS = ("import os\n\n\ndef ", "Permission is hereby granted")
 _RANKS = 2
 
 
@@ -37,6 +36,19 @@ class Command:
 
     meaning: str
     arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    """What is trained on."""
+
+    name: str
+    """Of the run and the store."""
+    sources: tuple[str, ...]
+    """Overrides that say where the text is."""
+    overrides: tuple[str, ...]
+    """Overrides for the corpus and the training."""
+    prompts: tuple[str, ...]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -51,10 +63,10 @@ def main(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_args(list(arguments))
     config = _config_file()
-    name, overrides = ("quickstart", installed_text()) if options.data is None else own_text(options.data)
+    text = installed_text() if options.data is None else own_text(options.data)
     console = Console(highlight=False, soft_wrap=True)
     started = time.monotonic()
-    for command in commands(config, name, overrides, prompts=() if options.data else _PROMPTS):
+    for command in commands(config, text):
         console.print(f"\n[bold]{escape(command.meaning)}[/bold]")
         console.print(f"[cyan]$ bloomery {escape(_as_typed(command.arguments))}[/cyan]\n")
         code = _run(command.arguments)
@@ -62,23 +74,22 @@ def main(arguments: Sequence[str]) -> int:
             if code in (75, 130):
                 console.print("\nStopped and saved; call quickstart again, it goes on from here.")
             return code
-    _ending(console, name, time.monotonic() - started)
+    _ending(console, text, time.monotonic() - started)
     return 0
 
 
-def commands(config: Path, name: str, overrides: Sequence[str], *, prompts: Sequence[str]) -> list[Command]:
+def commands(config: Path, text: Text) -> list[Command]:
     """The public commands, in order."""
-    run = f"runs/{name}"
-    texts = tuple(word for prompt in prompts for word in ("--prompt", prompt))
-    configured = (str(config), *overrides)
+    run = f"runs/{text.name}"
+    prompts = tuple(word for prompt in text.prompts for word in ("--prompt", prompt))
     return [
         Command(
             meaning="1. Corpus: clean, drop duplicates, hold out validation documents, train a tokenizer, make tokens",
-            arguments=("data", "build", *configured),
+            arguments=("data", "build", str(config), *text.sources, *text.overrides),
         ),
         Command(
             meaning="2. Training: two processes share each batch, and the optimizer's state (ZeRO-1)",
-            arguments=("train", *configured, "--ranks", str(_RANKS)),
+            arguments=("train", str(config), *text.overrides, "--ranks", str(_RANKS)),
         ),
         Command(
             meaning="3. Evaluation on documents that training never saw, beside two baselines that know no language",
@@ -86,7 +97,7 @@ def commands(config: Path, name: str, overrides: Sequence[str], *, prompts: Sequ
         ),
         Command(
             meaning="4. What the model has learnt to write, taking the likeliest token each time",
-            arguments=("generate", run, *texts, "--tokens", "48"),
+            arguments=("generate", run, *prompts, "--tokens", "48"),
         ),
         Command(
             meaning="5. Everything about the run in one file, to open in a browser",
@@ -103,14 +114,19 @@ def _config_file() -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def installed_text() -> list[str]:
-    """Overrides that point both sources to the library and the packages of this Python."""
-    directories = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")]
-    return [f"data.sources.{source}.path=[{','.join(directories)}]" for source in (0, 1)]
+def installed_text() -> Text:
+    """Python's library and the packages of this Python, as the configuration's two sources."""
+    directories = ",".join((sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")))
+    return Text(
+        name="quickstart",
+        sources=tuple(f"data.sources.{source}.path=[{directories}]" for source in (0, 1)),
+        overrides=(),
+        prompts=("def __init__(self", "Permission is hereby granted"),
+    )
 
 
-def own_text(data: Path) -> tuple[str, list[str]]:
-    """A name, and the overrides that make the user's file the only source of a store and a run of its own.
+def own_text(data: Path) -> Text:
+    """The user's file as the only source of a store and a run of its own.
 
     Raises:
         UserError: there is no such file.
@@ -121,13 +137,12 @@ def own_text(data: Path) -> tuple[str, list[str]]:
     word = re.sub(r"[^A-Za-z0-9_-]+", "-", place.name.split(".")[0]).strip("-") or "text"
     name = f"quickstart-{word}-{hash_bytes(str(place).encode())[:4]}"
     source = json.dumps([{"name": word, "path": str(place)}], ensure_ascii=False)
-    return name, [
-        f"run.name={name}",
-        f"data.store=stores/{name}",
-        f"data.sources={source}",
-        "data.mixture={}",
-        "data.validation.share=0.05",
-    ]
+    return Text(
+        name=name,
+        sources=(f"data.sources={source}", "data.validation.share=0.05"),
+        overrides=(f"run.name={name}", f"data.store=stores/{name}", "data.mixture={}"),
+        prompts=(),
+    )
 
 
 def _as_typed(arguments: Sequence[str]) -> str:
@@ -144,8 +159,8 @@ def _run(arguments: Sequence[str]) -> int:
             continue
 
 
-def _ending(console: Console, name: str, seconds: float) -> None:
-    run = find_run(f"runs/{name}").path
+def _ending(console: Console, text: Text, seconds: float) -> None:
+    name, run = text.name, find_run(f"runs/{text.name}").path
     console.print(f"\n[bold]Done in {format_duration(seconds)}.[/bold] What is where:")
     for path, meaning in (
         (f"{run}/report.html", "curves, corpus, evaluation and samples: open it in a browser"),
@@ -154,12 +169,14 @@ def _ending(console: Console, name: str, seconds: float) -> None:
         (f"{run}/wandb/", "the offline Weights & Biases run: `wandb sync` sends it"),
         (f"stores/{name}/", "the token store and its report"),
     ):
-        console.print(f"  {path:<42} {meaning}")
+        console.print(f"  {path:<{len(str(run)) + 16}} {meaning}")
     console.print("\nWhat to try next (after `source .venv/bin/activate`):")
+    again = shlex.join(override for override in text.overrides if not override.startswith("run.name="))
+    train = f"bloomery train {CONFIG} {again}".rstrip()
     for command in (
         f'bloomery generate {name} --prompt "class Model" --temperature 0.8',
-        f"bloomery train {CONFIG} run.name=wider model.hidden_size=384 --ranks 2",
-        f"bloomery train {CONFIG} run.name=halves parallel.tensor=2 --ranks 2",
+        f"{train} run.name={name}-wider model.hidden_size=384 --ranks 2",
+        f"{train} run.name={name}-tensor parallel.tensor=2 --ranks 2",
         "make quickstart DATA=your-text.jsonl.gz",
     ):
-        console.print(f"  {command}")
+        console.print(f"  {command}", markup=False)

@@ -32,6 +32,8 @@ _FREE_TO_CHANGE = (
 )  # fmt: skip
 """Keys that change neither the samples nor the numbers that are computed from them, rounding apart. What the store was
 built from is the store's own matter: the loader refuses another one."""
+_PROBE_SECONDS = 1.0
+"""Whoever only looks whether the lock is free holds it, shared, for an instant."""
 _PACKAGES = ("torch", "megatron-core", "deepspeed")
 
 
@@ -137,7 +139,7 @@ class Lock:
         Raises:
             UserError: a live process holds it.
         """
-        self._try()
+        self._try(fcntl.LOCK_EX, seconds=_PROBE_SECONDS)
         self._file.seek(0)
         self._file.truncate()
         json.dump({"process": os.getpid(), "host": socket.gethostname(), "attempt": attempt}, self._file)
@@ -165,24 +167,27 @@ class Lock:
         if path.is_file():
             lock = cls(path)
             try:
-                lock._try()
+                lock._try(fcntl.LOCK_SH, seconds=0)
             finally:
                 lock.close()
 
-    def _try(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.seek(0)
+    def _try(self, kind: int, *, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while True:
             try:
-                holder = json.loads(self._file.read())
-                who = f"process {holder['process']} on {holder['host']}"
-            except (ValueError, KeyError):
-                who = "another process"
-            self._file.close()
-            raise UserError(
-                f"the run {self._path.parent} is being written by {who}: wait until it ends, or stop it."
-            ) from error
+                return fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(0.05)
+        self._file.seek(0)
+        try:
+            holder = json.loads(self._file.read())
+            who = f"process {holder['process']} on {holder['host']}"
+        except (ValueError, KeyError):
+            who = "another process"
+        self._file.close()
+        raise UserError(f"the run {self._path.parent} is being written by {who}: wait until it ends, or stop it.")
 
 
 def _because(key: str) -> str:

@@ -11,6 +11,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from launcher.lifetime import die_with_parent
 from launcher.outcome import Outcome
-from launcher.work import OUTCOME_VARIABLE, STARTER_VARIABLE, Ranks
+from launcher.work import OUTCOME_VARIABLE, STARTER_VARIABLE, Ranks, as_mistake
 from parallel.common.errors import UserError
 
 COLLECTIVE_LIMIT = datetime.timedelta(minutes=10)
@@ -48,14 +49,16 @@ def in_ranks(
         ranks = replace(ranks, attempt=token[0])
         result = work(ranks)
     except BaseException as error:
-        code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-        message = str(error) if code == 2 else f"rank {ranks.rank} on {socket.gethostname()}: {_cause(error)}"
-        for file in _files(told, outcome(ranks.attempt)):
-            before = Outcome.read(file)
-            if before is None or before.attempt != ranks.attempt:
-                Outcome(attempt=ranks.attempt, exit_code=code, message=message).write(file)
+        mistake = as_mistake(error)
+        code = 2 if mistake else 130 if isinstance(error, KeyboardInterrupt) else 1
+        message = str(mistake) if mistake else f"rank {ranks.rank} on {socket.gethostname()}: {_cause(error)}"
+        with suppress(OSError):  # a full disk must not hide what filled it
+            for file in _files(told, outcome(ranks.attempt)):
+                before = Outcome.read(file)
+                if before is None or before.attempt != ranks.attempt:
+                    Outcome(attempt=ranks.attempt, exit_code=code, message=message).write(file)
         if ranks.world_size > 1:
-            _leave(error, code, speaks=code == 1 or (ranks.rank == 0 and not told))
+            _leave(mistake or error, code, speaks=code == 1 or (ranks.rank == 0 and not told))
         raise
     if ranks.rank == 0:
         for file in _files(told, outcome(ranks.attempt)):

@@ -38,9 +38,12 @@ def start_ranks(arguments: Sequence[str], *, ranks: int) -> int:
             env=_environment(ranks, attempt, outcome),
             start_new_session=True,
         )
-        with _signals_handed_on(process.pid):
+        with _signals_handed_on(process.pid) as seen:
             code = process.wait()
         reported = Outcome.read(outcome)
+    if seen and (reported is None or reported.attempt != attempt):
+        print(f"bloomery: stopped by {signal.Signals(seen[0]).name} before the first step; nothing was lost.")
+        return 130 if seen[0] == signal.SIGINT else 75
     if reported is None or reported.attempt != attempt:
         print(f"bloomery: the ranks ended without a word (torchrun's exit code: {code}).", file=sys.stderr)
         return code if code == 2 else 1
@@ -77,8 +80,8 @@ def _environment(ranks: int, attempt: str, outcome: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _signals_handed_on(agent: int) -> Iterator[None]:
-    """While the ranks run: the first signal goes to the workers, who save and stop; a second INT or TERM kills them."""
+def _signals_handed_on(agent: int) -> Iterator[list[int]]:
+    """Signals go to the workers, who save and stop; a second INT or TERM kills them. Yields what has come."""
     seen: list[int] = []
 
     def hand_on(number: int, _frame: object) -> None:
@@ -93,7 +96,7 @@ def _signals_handed_on(agent: int) -> Iterator[None]:
     handed_on = [number for number in _HANDED_ON if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, hand_on) for number in handed_on}
     try:
-        yield
+        yield seen
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

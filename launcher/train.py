@@ -6,13 +6,13 @@ a function of (seed, position), initial values of (seed, name), and a checkpoint
 """
 
 import logging
-import math
 import signal
 from contextlib import closing
 from pathlib import Path
 
 from launcher.assemble import Parts, assemble
 from launcher.config import RunConfig
+from launcher.meter import finite_loss
 from launcher.outcome import Outcome
 from launcher.preempt import Preempt
 from launcher.run_directory import Lock, Records, RunDirectory
@@ -53,11 +53,7 @@ def train(parts: Parts, records: Records) -> None:
 
 def save(parts: Parts, result: StepResult, records: Records) -> None:
     """Commits a checkpoint of this step, unless the step went wrong."""
-    if not math.isfinite(result.loss.item()):
-        raise FloatingPointError(
-            f"the loss of step {parts.progress.step} is {result.loss.item()}: nothing was saved; "
-            "go on from the newest checkpoint with a lower optimizer.learning_rate or other data"
-        )
+    finite_loss(result, parts.progress.step)
     path = parts.checkpoints.save(parts.progress.step, parts.participants)
     records.event("saved", step=parts.progress.step, checkpoint=path.name)
 
@@ -97,12 +93,11 @@ def _attempt(job: TrainJob, directory: RunDirectory, lock: Lock, ranks: Ranks, p
 
 
 def _introduce(config: RunConfig, parts: Parts, newest: Path | None) -> None:
-    layout = ", ".join(f"{name} {value}" for name, value in parts.topology.describe().items())
-    vocabulary = parts.vocabulary_size
-    logger.info(
-        "model: %s parameters, vocabulary %d", format_count(parameter_count(config.model, vocabulary)), vocabulary
-    )
-    logger.info("layout: %s, on %s", layout, parts.topology.device.type)
+    vocabulary, topology = parts.vocabulary_size, parts.topology
+    count = format_count(parameter_count(config.model, vocabulary))
+    degrees = [f"{name} {value}" for name, value in topology.describe().items() if name != "world_size" and value != 1]
+    logger.info("model: %s parameters, a vocabulary of %s", count, f"{vocabulary:,}")
+    logger.info("layout: %d ranks on %s, %s", topology.world_size, topology.device.type, ", ".join(degrees))
     if newest is not None:
         logger.info("going on after step %d (%s)", parts.progress.step, newest)
 

@@ -3,6 +3,7 @@
 Ranks come from the environment: torchrun's names, else srun's, else this process is alone. Imports without torch.
 """
 
+import errno
 import os
 import re
 import secrets
@@ -19,6 +20,7 @@ ATTEMPT_VARIABLE = "BLOOMERY_ATTEMPT"
 OUTCOME_VARIABLE = "BLOOMERY_OUTCOME"
 """File in which the ranks of a `--ranks N` call say how it ended."""
 
+_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _FIRST_PORT, _PORTS = 20000, 20000
 
 
@@ -75,6 +77,16 @@ def from_environment() -> Ranks:
 def is_first_rank() -> bool:
     """Whether this process may speak to the user: it is rank 0 (or alone), and no starter speaks for it."""
     return from_environment().rank == 0 and STARTER_VARIABLE not in os.environ
+
+
+def as_mistake(error: BaseException) -> UserError | None:
+    """What a user can put right, as one sentence; None for everything else, which is our own mistake."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.errno in _MENDABLE:
+        place = f" ({error.filename})" if error.filename else ""
+        return UserError(f"{error.strerror}{place}: make room or give rights, and call again.")
+    return None
 
 
 def _first_host(nodes: str) -> str:

@@ -60,9 +60,8 @@ def main(arguments: Sequence[str]) -> int | Work:
     wanted = ranks_to_start(ranks, options.ranks)
     path = _checked(config, wanted)
     directory = RunDirectory(path)
-    if ranks.rank == 0:
-        directory.check_unchanged(config)
-        Lock.check_free(directory.lock)
+    directory.check_unchanged(config)
+    Lock.check_free(directory.lock)
     if directory.finished(config):
         if is_first_rank():
             print(f"{path} is finished: {configuration.total_steps(config)} steps. Another run.name starts a new run.")

@@ -6,18 +6,18 @@ import pytest
 
 from launcher import quickstart
 from launcher.cli import VERBS
-from launcher.config import load
+from launcher.config import RunConfig, load
 from launcher.verbs.train import split
 
 
-def configured(overrides: list[str]) -> list[str]:
-    """What stands behind `bloomery train`."""
-    return [str(quickstart.ROOT / quickstart.CONFIG), *overrides]
+def configured(text: quickstart.Text) -> RunConfig:
+    """What `bloomery data build` reads."""
+    command = quickstart.commands(quickstart.ROOT / quickstart.CONFIG, text)[0]
+    return load(*split(command.arguments[2:]))
 
 
 def test_the_installed_text_is_two_trees() -> None:
-    files, overrides = split(configured(quickstart.installed_text()))
-    data = load(files, overrides).data
+    data = configured(quickstart.installed_text()).data
     assert [source.name for source in data.sources] == ["code", "prose"]
     assert set(data.mixture) == {"code", "prose"}
     for source in data.sources:
@@ -28,27 +28,26 @@ def test_the_installed_text_is_two_trees() -> None:
 @pytest.mark.parametrize("name", ["poems.jsonl.gz", "a file, [with] 'quotes' & = spaces.txt", "中文.parquet", "...txt"])
 def test_own_text_is_the_only_source_of_a_store_and_a_run_of_its_own(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
-    run, overrides = quickstart.own_text(tmp_path / name)
-    files, overrides = split(configured(overrides))
-    config = load(files, overrides)
+    text = quickstart.own_text(tmp_path / name)
+    config = configured(text)
     (source,) = config.data.sources
-    assert source.paths == (str(tmp_path / name),) or source.paths == [str(tmp_path / name)]
-    assert config.run.name == run
-    assert config.data.store == f"stores/{run}"
+    assert list(source.paths) == [str(tmp_path / name)]
+    assert config.run.name == text.name
+    assert config.data.store == f"stores/{text.name}"
     assert config.data.mixture == {}
-    assert run.isascii()
+    assert text.name.isascii()
 
 
 def test_files_of_the_same_name_do_not_share_a_run(tmp_path: Path) -> None:
     for directory in ("a", "b"):
         (tmp_path / directory).mkdir()
         (tmp_path / directory / "text.txt").touch()
-    first, second = (quickstart.own_text(tmp_path / directory / "text.txt")[0] for directory in ("a", "b"))
+    first, second = (quickstart.own_text(tmp_path / directory / "text.txt").name for directory in ("a", "b"))
     assert first != second
 
 
 def test_only_public_commands_are_run() -> None:
-    commands = quickstart.commands(Path(quickstart.CONFIG), "quickstart", ["run.name=x"], prompts=["import os"])
+    commands = quickstart.commands(Path(quickstart.CONFIG), quickstart.installed_text())
     assert [command.arguments[0] for command in commands] == ["data", "train", "evaluate", "generate", "report"]
     assert all(command.arguments[0] in VERBS for command in commands)
 

@@ -82,7 +82,7 @@ def test_an_interrupt_saves_too(tmp_path: Path, store: Path) -> None:
 
 
 def test_a_second_writer_is_refused_and_told_who_holds_the_run(tmp_path: Path, store: Path) -> None:
-    config = configuration(tmp_path, store, train={"steps": 1000})
+    config = configuration(tmp_path, store, train={"steps": 100_000}, checkpoint={"every_steps": 100_000})
     first = start("train", config)
     wait_for_step(first, tmp_path, 1)
     codes, said = run("train", config)
