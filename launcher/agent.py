@@ -10,6 +10,7 @@ import os
 import sys
 
 from torch.distributed import DistNetworkError
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
@@ -21,7 +22,7 @@ if __name__ == "__main__":
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         main(sys.argv[1:])
-    except ChildFailedError:
+    except (ChildFailedError, SignalException):
         sys.exit(1)
     except DistNetworkError as error:
         print(f"bloomery: no free port for the ranks to meet on this machine ({error}).", file=sys.stderr)

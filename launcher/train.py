@@ -7,8 +7,10 @@ a function of (seed, position), initial values of (seed, name), and a checkpoint
 
 import logging
 import signal
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from launcher.assemble import Parts, assemble
 from launcher.config import RunConfig
@@ -95,11 +97,19 @@ def _attempt(job: TrainJob, directory: RunDirectory, lock: Lock, ranks: Ranks, p
 def _introduce(config: RunConfig, parts: Parts, newest: Path | None) -> None:
     vocabulary, topology = parts.vocabulary_size, parts.topology
     count = format_count(parameter_count(config.model, vocabulary))
-    degrees = [f"{name} {value}" for name, value in topology.describe().items() if name != "world_size" and value != 1]
     logger.info("model: %s parameters, a vocabulary of %s", count, f"{vocabulary:,}")
-    logger.info("layout: %d ranks on %s, %s", topology.world_size, topology.device.type, ", ".join(degrees))
+    logger.info("layout: %s", described(topology.describe(), topology.device.type))
     if newest is not None:
         logger.info("going on after step %d (%s)", parts.progress.step, newest)
+
+
+def described(layout: Mapping[str, Any], device: str) -> str:
+    """`4 ranks on cpu: tensor 2, data 2, ZeRO stage 1`; degrees of 1 are left out."""
+    degrees = [
+        f"{name} {layout[name]}" for name in ("tensor", "pipeline", "virtual_pipeline", "data") if layout[name] > 1
+    ]
+    ranks = f"{layout['world_size']} rank{'s' if layout['world_size'] > 1 else ''} on {device}"
+    return f"{ranks}: {', '.join([*degrees, f'ZeRO stage {layout["zero_stage"]}'])}"
 
 
 def _ended(job: TrainJob, parts: Parts, attempt: str) -> Outcome:
