@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from data_pipeline.store import VALIDATION, Store
 from launcher.places import find_run
 from launcher.start import repository_environment
 from parallel.common.errors import UserError
@@ -66,7 +67,9 @@ def main(arguments: Sequence[str]) -> int:
     text = installed_text() if options.data is None else own_text(options.data)
     console = Console(highlight=False, soft_wrap=True)
     started = time.monotonic()
-    for command in commands(config, text):
+    for number, command in enumerate(commands(config, text)):
+        if number == 1:
+            _check_text(text)
         console.print(f"\n[bold]{escape(command.meaning)}[/bold]")
         console.print(f"[cyan]$ bloomery {escape(_as_typed(command.arguments))}[/cyan]\n")
         code = _run(command.arguments)
@@ -104,6 +107,17 @@ def commands(config: Path, text: Text) -> list[Command]:
             arguments=("report", run),
         ),
     ]
+
+
+def _check_text(text: Text) -> None:
+    """Refuses text that is too little to hold some of it out, before minutes are spent on it."""
+    store = Store.open(Path("stores") / text.name)
+    if not store.shards(split=VALIDATION):
+        documents = sum(shard.documents for shard in store.shards())
+        raise UserError(
+            f"{documents} different documents are too few to hold some out for evaluation: give more text "
+            "(a line of a jsonl file, a row of a parquet file, or 64 KiB of a txt file is a document)."
+        )
 
 
 def _config_file() -> Path:

@@ -8,6 +8,7 @@ from launcher import quickstart
 from launcher.cli import VERBS
 from launcher.config import RunConfig, load
 from launcher.verbs.train import split
+from parallel.common.errors import UserError
 
 
 def configured(text: quickstart.Text) -> RunConfig:
@@ -50,6 +51,13 @@ def test_only_public_commands_are_run() -> None:
     commands = quickstart.commands(Path(quickstart.CONFIG), quickstart.installed_text())
     assert [command.arguments[0] for command in commands] == ["data", "train", "evaluate", "generate", "report"]
     assert all(command.arguments[0] in VERBS for command in commands)
+
+
+def test_too_little_text_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "little.jsonl").write_text('{"text": "the smith heats the ore until the slag runs"}\n' * 3)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"1 different documents are too few|no training document"):
+        quickstart.main(["--data", "little.jsonl"])
 
 
 def test_the_first_command_that_fails_ends_it(
