@@ -4,6 +4,7 @@ An objective returns (loss_sum, weight_sum, {name: summed value}); the engine ad
 data-parallel slices and divides a single time, so that the result does not depend on how the batch was cut.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def token_losses(logits: Tensor, labels: Tensor, tensor_group: ProcessGroup) -> 
 
 
 def causal_language_modelling(
-    logits: Tensor, batch: dict[str, Tensor], tensor_group: ProcessGroup
+    logits: Tensor, batch: Mapping[str, Tensor], tensor_group: ProcessGroup
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Next-token prediction: the weighted sum of the token losses, and the sum of the weights."""
     labels = batch["labels"].to(logits.device, non_blocking=True).T.contiguous()
