@@ -73,7 +73,7 @@ class Meter:
 
     def summarise(self, progress: Progress, batch: Mapping[str, Tensor], result: StepResult) -> dict[str, Any]:
         """The record of a logged step, for `metrics.jsonl`; times are sums since the record before."""
-        loss, grad_norm = finite_loss(result, progress.step), result.grad_norm.item()
+        loss, grad_norm = finite(result, progress.step)
         elapsed = time.perf_counter() - self._started - sum(self._seconds[phase] for phase in _PAUSES)
         rate = (progress.tokens - self._tokens) / elapsed
         record = {
@@ -118,19 +118,19 @@ class Meter:
         return hash_bytes(ids[ids >= 0].sort().values.numpy().tobytes())
 
 
-def finite_loss(result: StepResult, step: int) -> float:
-    """The loss of a step.
+def finite(result: StepResult, step: int) -> tuple[float, float]:
+    """Loss and gradient norm of a step.
 
     Raises:
-        FloatingPointError: it is not finite; nothing after it is worth keeping.
+        FloatingPointError: one of them is not finite; nothing after it is worth keeping.
     """
-    loss = result.loss.item()
-    if not math.isfinite(loss):
+    loss, grad_norm = result.loss.item(), result.grad_norm.item()
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise FloatingPointError(
-            f"the loss of step {step} is {loss}: the run ends here and this step is not saved; "
+            f"step {step} has the loss {loss} and the gradient norm {grad_norm}: the run ends here, unsaved; "
             "go on from the newest checkpoint with a lower optimizer.learning_rate or other data"
         )
-    return loss
+    return loss, grad_norm
 
 
 def _peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

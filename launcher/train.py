@@ -14,7 +14,7 @@ from typing import Any
 
 from launcher.assemble import Parts, assemble
 from launcher.config import RunConfig
-from launcher.meter import finite_loss
+from launcher.meter import finite
 from launcher.outcome import Outcome
 from launcher.preempt import Preempt
 from launcher.run_directory import Lock, Records, RunDirectory
@@ -55,7 +55,7 @@ def train(parts: Parts, records: Records) -> None:
 
 def save(parts: Parts, result: StepResult, records: Records) -> None:
     """Commits a checkpoint of this step, unless the step went wrong."""
-    finite_loss(result, parts.progress.step)
+    finite(result, parts.progress.step)
     path = parts.checkpoints.save(parts.progress.step, parts.participants)
     records.event("saved", step=parts.progress.step, checkpoint=path.name)
 

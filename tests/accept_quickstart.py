@@ -171,10 +171,11 @@ def failures(text: str) -> list[str]:
         ("pages", lambda: pages_stand_alone([run.path / "report.html", store.path / "report.html"])),
         ("store", lambda: store_whole(store)),
     ]
-    found = []
+    found: list[str] = []
     for name, check in checks:
         try:
-            found += [f"{name}: {failure}" for failure in check()]
+            for failure in check():
+                found.append(f"{name}: {failure}")  # one by one: what came before an error counts too
         except (OSError, ValueError, KeyError, IndexError, UserError) as error:
             found.append(f"{name}: {type(error).__name__}: {error}")
     return found

@@ -9,7 +9,9 @@ import pytest
 
 from launcher.report.charts import charts
 from launcher.report.page import page
+from launcher.report.store_page import write_store_page
 from launcher.run_directory import RunDirectory
+from parallel.common.errors import UserError
 from tests.launcher.tiny import configuration, run
 
 
@@ -96,3 +98,24 @@ def test_charts_leave_out_what_was_not_measured() -> None:
     (chart,) = charts(records)
     assert chart.title == "Loss"
     assert list(chart.traces[0]["x"]) == [1, 2]
+
+
+def test_the_store_has_a_page_that_the_same_report_makes_again(tmp_path: Path) -> None:
+    counts = {
+        "sources": {"code": {"kept": {"documents": 2, "text_bytes": 90}, "dropped": {"evil <b>": {"documents": 1}}}},
+        "samples": {"evil <b>": [{"source": "code", "id": "<i>", "text": "<script>x</script>"}]},
+    }
+    counts["sources"]["code"]["dropped"]["evil <b>"]["text_bytes"] = 9
+    stage = {"counts": counts, "changed": {"code": 1}}
+    (tmp_path / "report.json").write_text(json.dumps({"stages": {"clean": stage}}))
+    first = write_store_page(tmp_path).read_bytes()
+    assert write_store_page(tmp_path).read_bytes() == first
+    text = first.decode()
+    assert parsed(text).headings == ["Token store", "Corpus", "Samples of what was dropped"]
+    assert "<b>" not in text
+    assert "<script>x" not in text
+
+
+def test_a_store_without_a_report_has_no_page(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no report\.json"):
+        write_store_page(tmp_path)

@@ -157,3 +157,15 @@ def test_the_loss_falls(tmp_path: Path, store: Path) -> None:
     assert run("train", configuration(tmp_path, store))[0] == [0]
     losses = [record["loss"] for record in records(tmp_path)]
     assert losses[-1] < losses[0] - 1
+
+
+def test_a_step_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path: Path, store: Path) -> None:
+    config = configuration(tmp_path, store, optimizer={"learning_rate": 1e30, "clip_norm": 0})
+    codes, said = run("train", config)
+    assert codes == [1]
+    assert "FloatingPointError: step" in said
+    assert "go on from the newest checkpoint" in said
+    outcome = Outcome.read(tmp_path / "run" / "outcome.json")
+    assert outcome is not None
+    assert outcome.exit_code == 1
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
