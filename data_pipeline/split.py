@@ -80,13 +80,18 @@ def split_documents(
 
 
 def held_out(hashes: NDArray[np.uint64], source: NDArray[np.int16], share: float) -> NDArray[np.bool_]:
-    """Documents whose hash lies in the first `share` of all hashes, and one at least of a source that has two."""
+    """Documents whose hash lies in the first `share` of all hashes.
+
+    A source of two documents or more gives at least one to validation, and any source at least one to training.
+    """
     # 2^64 as a float times a share below one half is a whole number below 2^63.
     validation = hashes < np.uint64(int(share * 2.0**64))
     for number in np.unique(source) if share > 0 else []:
         here = np.flatnonzero(source == number)
         if len(here) > 1 and not validation[here].any():
             validation[here[np.argmin(hashes[here])]] = True
+        if validation[here].all():
+            validation[here[np.argmax(hashes[here])]] = False
     return validation
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from data_pipeline.build import build
 from data_pipeline.store import Store
 from launcher.config import load, require
+from launcher.report.store_page import write_store_page
+from launcher.verbs.train import split
 
 
 def main(arguments: list[str]) -> int:
@@ -26,11 +28,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _build(given: list[str], *, overwrite: bool) -> int:
-    files = [argument for argument in given if "=" not in argument]
-    overrides = [argument for argument in given if "=" in argument]
-    config = load(files, overrides)
+    config = load(*split(given))
     require(config, "data")
     build(config.data, overwrite=overwrite)
+    write_store_page(Path(config.data.store))
     return 0
 
 

@@ -9,7 +9,6 @@ import lzma
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_pipeline.store import TRAINING, VALIDATION, Store
 from data_pipeline.tokenizer import Tokenizer
@@ -26,9 +25,9 @@ def unigram_bits_per_byte(store: Store, source: str | None = None) -> float:
     It is the entropy of tokens that are drawn one by one; frequencies are counts plus one, so that a token that was
     never trained on has a cost and not an infinite one.
     """
-    trained = _token_counts(store, TRAINING, source) + 1
+    trained = store.token_counts(split=TRAINING, source=source) + 1
     bits = -np.log2(trained / trained.sum())
-    return float((_token_counts(store, VALIDATION, source) * bits).sum() / text_bytes(store, source))
+    return float((store.token_counts(split=VALIDATION, source=source) * bits).sum() / text_bytes(store, source))
 
 
 def xz_bits_per_byte(store: Store, source: str | None = None) -> float:
@@ -48,10 +47,3 @@ def xz_bits_per_byte(store: Store, source: str | None = None) -> float:
 def bits_per_byte(nats: float, length_bytes: int) -> float:
     """A summed loss in nats as bits per byte of text."""
     return nats / math.log(2) / length_bytes
-
-
-def _token_counts(store: Store, split: str, source: str | None) -> NDArray[np.int64]:
-    counts = np.zeros(store.vocabulary_size, dtype=np.int64)
-    for shard in store.shards(split=split, source=source):
-        counts += np.bincount(store.tokens(shard), minlength=store.vocabulary_size)
-    return counts

@@ -379,6 +379,7 @@ def test_the_split_follows_from_the_id_alone() -> None:
     assert np.array_equal(chosen[:5000], held_out(hashes[:5000], source[:5000], 0.05))
     assert held_out(hashes[:3], source[:3], 0.001).sum() == 1
     assert held_out(hashes[:1], source[:1], 0.001).sum() == 0
+    assert not held_out(np.array([1], np.uint64), np.array([0], np.int16), 0.05).any()
     assert held_out(hashes[:3], source[:3], 0).sum() == 0
 
 
