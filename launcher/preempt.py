@@ -32,9 +32,11 @@ class Preempt:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Signals raise the flag inside the block; a second Ctrl-C ends the process at once."""
-        # A signal that the caller had ignored (nohup, `trap '' USR1`) stays ignored.
+        # What a shell ignores for a job in the background (nohup, `&`) stays ignored; a scheduler's signals never do,
+        # also where a batch script had to ignore USR1 to keep torchrun alive (`trap '' USR1`).
         before = {number: signal.getsignal(number) for number in SIGNALS}
-        ours = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]
+        from_terminal = (signal.SIGINT, signal.SIGHUP)
+        ours = [number for number in SIGNALS if number not in from_terminal or before[number] is not signal.SIG_IGN]
         for number in ours:
             signal.signal(number, self._receive)
         try:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -160,6 +161,7 @@ def _fork(arguments: list[str], names: dict[str, str], output: Path) -> int:
             os.dup2(descriptor, standard)
         sys.stdout, sys.stderr = (os.fdopen(standard, "w", closefd=False) for standard in (1, 2))
         os.environ.update(names)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
         torch.set_num_threads(1)
         code = cli.main(arguments)
     except BaseException:
