@@ -27,8 +27,8 @@ format: venv ## let ruff sort imports and lay out the code
 	@$(PYTHON) -m ruff check --fix .
 	@$(PYTHON) -m ruff format .
 
-bench: venv ## the benchmarks; each writes its figures to benchmarks/results
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(PYTHON) $$script; done
+bench: venv ## the benchmarks; each prints a table
+	@set -e; for script in train_overhead loader; do echo "== $$script"; .venv/bin/python benchmarks/$$script.py; done
 
 clean: ## remove caches and build products; runs, stores and .venv stay
 	@rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -3,7 +3,7 @@
     python benchmarks/train_overhead.py [--rounds 15] [--json FILE]
 
 The two take turns, a few steps each, so that whatever else the machine does meets both; the ratio of each pair of
-turns is kept and the median printed. One rank, gloo (NCCL on an accelerator), ZeRO-1, four micro-batches a step,
+turns is kept and the median printed. One rank over gloo, ZeRO-1, two micro-batches a step,
 random tokens.
 """
 

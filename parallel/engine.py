@@ -118,8 +118,7 @@ class Engine:
     def step(self, batch: Batch) -> StepResult:
         """One update from this slice's batch, a whole number of micro-batches: tensors [batch, ...] on the CPU."""
         started = time.perf_counter()
-        weight = batch["loss_weights"].sum(dtype=torch.float64).to(self.topology.device)
-        dist.all_reduce(weight, group=self.topology.data_parallel_group)
+        weight = self._weight(batch)
         self._gradient_factor = self.updater.gradient_scale / weight.clamp(min=1e-12)
         with self.updater.accumulation():
             loss_sum = self._run(batch, forward_only=False)
@@ -141,11 +140,10 @@ class Engine:
     def evaluate(self, batch: Batch) -> StepResult:
         """The loss of this slice's batch and its siblings', without an update."""
         started = time.perf_counter()
-        weight = batch["loss_weights"].sum(dtype=torch.float64).to(self.topology.device)
-        dist.all_reduce(weight, group=self.topology.data_parallel_group)
-        self._train(False)
+        weight = self._weight(batch)
+        self.updater.module.train(False)
         loss_sum = self._run(batch, forward_only=True)
-        self._train(True)
+        self.updater.module.train(True)
         loss = self._everywhere(loss_sum) / weight.clamp(min=1e-12)
         seconds = {"forward_backward": time.perf_counter() - started}
         return StepResult(
@@ -159,6 +157,12 @@ class Engine:
             "optimizer": _Held(self, (Kind.first_moment, Kind.second_moment)),
             "schedule": _Steps(self),
         }
+
+    def _weight(self, batch: Batch) -> Tensor:
+        """[] float64, the sum of the weights of the global batch, of which this slice is a part."""
+        weight = batch["loss_weights"].sum(dtype=torch.float64).to(self.topology.device)
+        dist.all_reduce(weight, group=self.topology.data_parallel_group)
+        return weight
 
     def _run(self, batch: Batch, *, forward_only: bool) -> Tensor:
         """All micro-batches through the schedule; the sum of the losses [] (zero but on the last stage)."""
@@ -195,9 +199,6 @@ class Engine:
             loss_sum.zero_()
         dist.all_reduce(loss_sum)
         return loss_sum
-
-    def _train(self, mode: bool) -> None:
-        self.updater.module.train(mode)
 
 
 class _Held:

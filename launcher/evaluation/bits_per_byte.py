@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.loader import single_pass
-from data_pipeline.store import VALIDATION, Store
+from data_pipeline.store import Store
 from launcher.assemble import make_engine
 from launcher.evaluation import result
+from launcher.evaluation.validation import validation_batches
 from launcher.outcome import Outcome
 from launcher.runtime import in_ranks
 from launcher.verbs.evaluate import EvaluateJob
@@ -77,16 +77,7 @@ def _evaluated(job: EvaluateJob, ranks: Ranks) -> Outcome:
     losses = SourceLosses(len(store.sources), topology)
     engine = make_engine(config, store=store, topology=topology, objective=losses)
     load(checkpoint.path, {"model": engine.participants()["model"]})
-    batches = single_pass(
-        store,
-        VALIDATION,
-        sequence_length=config.train.sequence_length,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        dp_rank=topology.data_parallel_rank,
-        dp_size=topology.data_parallel_size,
-        mask_documents=config.data.mask_documents,
-    )
+    batches = validation_batches(config, store=store, topology=topology)
     sums = evaluate(engine, losses, batches, store.sources)
     if ranks.rank == 0:
         found = result.summarise(checkpoint, store, sums)

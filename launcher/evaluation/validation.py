@@ -1,6 +1,6 @@
-"""The validation loss inside the training loop: the same first batches of the validation documents each time."""
+"""The validation documents as batches, and the loss on the first of them inside the training loop."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from torch import Tensor
@@ -13,6 +13,20 @@ from parallel.engine import Engine
 from parallel.topology import Topology
 
 
+def validation_batches(config: RunConfig, *, store: Store, topology: Topology) -> Iterator[dict[str, Tensor]]:
+    """This data-parallel slice of every validation document, in the same order each time."""
+    return single_pass(
+        store,
+        VALIDATION,
+        sequence_length=config.train.sequence_length,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=topology.data_parallel_rank,
+        dp_size=topology.data_parallel_size,
+        mask_documents=config.data.mask_documents,
+    )
+
+
 class Validation:
     """Looks at a fixed sample of the validation documents when it is due."""
 
@@ -22,16 +36,7 @@ class Validation:
         self.schedule = Every(every, besides=() if every is None else (total_steps,))
         self._batches: Sequence[dict[str, Tensor]] = ()
         if every is not None:
-            batches = single_pass(
-                store,
-                VALIDATION,
-                sequence_length=config.train.sequence_length,
-                global_batch_size=config.train.global_batch_size,
-                micro_batch_size=config.train.micro_batch_size,
-                dp_rank=topology.data_parallel_rank,
-                dp_size=topology.data_parallel_size,
-                mask_documents=config.data.mask_documents,
-            )
+            batches = validation_batches(config, store=store, topology=topology)
             self._batches = list(islice(batches, config.evaluate.batches))
 
     def due(self, step: int) -> bool:
