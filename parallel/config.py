@@ -12,6 +12,18 @@ class Precision(StrEnum):
     """bf16 on an accelerator that has it, else fp32."""
     bf16 = "bf16"
     fp32 = "fp32"
+    fp16 = "fp16"
+    """With dynamic loss scaling; accelerators only, for those that have no bf16."""
+
+
+class Recompute(StrEnum):
+    """Which activations are thrown away in the forward pass and computed again in the backward pass."""
+
+    none = "none"
+    selective = "selective"
+    """Those inside attention (Korthikanti et al., 2022, arXiv:2205.05198): much memory for little computing."""
+    full = "full"
+    """All but each block's input: least memory, one more forward pass."""
 
 
 class ScheduleName(StrEnum):
@@ -25,8 +37,17 @@ class ScheduleName(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RecomputeConfig:
+    """Activation recomputation: memory for computing."""
+
+    mode: Recompute = Recompute.none
+    blocks: int | None = None
+    """How many blocks of each pipeline chunk recompute, from its first; by default all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """The layout. Data parallelism is derived: ranks / (tensor x pipeline)."""
+    """The layout. Data parallelism is derived: ranks / (tensor x pipeline x context)."""
 
     tensor: int = 1
     """Ranks that share every layer's matrices."""
@@ -34,10 +55,19 @@ class ParallelConfig:
     """Ranks that share the depth of the model, in stages that pass activations on."""
     virtual_pipeline: int = 1
     """Chunks of layers that each pipeline rank holds; more chunks, smaller bubble, more messages."""
+    pipeline_split: list[int] | None = None
+    """Layers of each pipeline chunk, first to last (pipeline x virtual_pipeline numbers); by default equal shares."""
+    context: int = 1
+    """Ranks that share each sequence; every one holds 1 / context of its tokens."""
+    expert: int = 1
+    """Ranks, out of those that hold different tokens (data x context), that share each layer's experts."""
     sequence_parallel: Literal["auto", True, False] = "auto"
     """Cut activations outside the matrices along the sequence over the tensor ranks; auto: on where tensor > 1."""
     zero_stage: int = 1
     """What is sharded over data-parallel ranks. 0 nothing, 1 masters and moments, 2 also gradients, 3 also weights."""
+    offload: bool = False
+    """Keep masters and moments in the host's memory and step there (ZeRO stages 1 to 3)."""
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ nor of ranks changes it. The model and its objective know nothing of this file; 
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -117,6 +117,16 @@ class Engine:
 
     def step(self, batch: Batch) -> StepResult:
         """One update from this slice's batch, a whole number of micro-batches: tensors [batch, ...] on the CPU."""
+        accumulated = self.accumulate(batch)
+        started = time.perf_counter()
+        rate = self.schedule.learning_rate(self.schedule.steps_taken + 1)
+        norm = self.updater.step(rate)
+        self.schedule.steps_taken += 1
+        seconds = {**accumulated.seconds, "optimizer": time.perf_counter() - started}
+        return replace(accumulated, grad_norm=norm, learning_rate=rate, seconds=seconds)
+
+    def accumulate(self, batch: Batch) -> StepResult:
+        """All of a step but its update: afterwards `updater.gradient` answers. Norm and learning rate are zero."""
         started = time.perf_counter()
         weight = self._weight(batch)
         self._gradient_factor = self.updater.gradient_scale / weight.clamp(min=1e-12)
@@ -124,17 +134,11 @@ class Engine:
             loss_sum = self._run(batch, forward_only=False)
             ran = time.perf_counter()
         reduced = time.perf_counter()
-        rate = self.schedule.learning_rate(self.schedule.steps_taken + 1)
-        norm = self.updater.step(rate)
-        self.schedule.steps_taken += 1
-        stepped = time.perf_counter()
         loss = self._everywhere(loss_sum) / weight.clamp(min=1e-12)
-        seconds = {
-            "forward_backward": ran - started,
-            "communication": reduced - ran,
-            "optimizer": stepped - reduced,
-        }
-        return StepResult(loss=loss, weight=weight, grad_norm=norm, learning_rate=rate, seconds=seconds)
+        seconds = {"forward_backward": ran - started, "communication": reduced - ran}
+        return StepResult(
+            loss=loss, weight=weight, grad_norm=torch.zeros_like(loss), learning_rate=0.0, seconds=seconds
+        )
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> StepResult:
