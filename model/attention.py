@@ -5,14 +5,15 @@ is cut at the document borders and each piece is a causal attention of its own. 
 nothing of size sequence^2 is stored, and a document cannot see another by construction. Where every row is one
 document, one batched call does it all.
 
+Under context parallelism a rank holds two chunks of each row. Keys and values are gathered over the group; each chunk
+of queries is cut at the document borders, and attends to its document up to the chunk's end.
+
 The trade-off: one kernel launch a document. Rotary positions are applied here, not in megatron-core's attention,
 because they restart at each document, so they differ from row to row.
-
-What a layer needs beside its hidden states travels as `AttentionContext` in the slot that megatron-core passes,
-untouched, from the model to each layer's core attention (`packed_seq_params`).
 """
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Sequence
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -20,32 +21,36 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionContext:
-    """What attention knows about the tokens of one micro-batch; made once a forward, shared by all layers."""
-
-    cosine: Tensor
-    """[sequence, batch, 1, head_size], of the model's dtype."""
-    sine: Tensor
-    """[sequence, batch, 1, head_size], of the model's dtype; the first half negated."""
-    document_lengths: list[int] | None
-    """Lengths of the documents of the flattened [batch, sequence]; None where each row is one document."""
-    qkv_format: str = "sbhd"
-    """Read by megatron-core: activations keep their [sequence, batch, head, head_size] shape."""
+from model.layer_context import LayerContext, Pieces
+from parallel.context import ContextParallel
 
 
-def document_lengths(document_ids: Tensor) -> list[int] | None:
-    """Lengths of the documents of [batch, sequence] ids on the CPU, row after row; None where each row is one."""
+def find_pieces(document_ids: Tensor, chunks: Sequence[tuple[int, int]]) -> Pieces | None:
+    """The pieces of [batch, sequence] ids on the CPU for the ranges of a row that a rank holds; None where each row is
+    one document and one piece."""
     batch, sequence = document_ids.shape
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    borders = starts.flatten().nonzero().flatten()
-    if len(borders) == batch:
+    borders = starts.flatten().nonzero().flatten().tolist()
+    if len(borders) == batch and len(chunks) == 1:
         return None
-    return torch.diff(borders, append=borders.new_tensor([batch * sequence])).tolist()
+    ends = [*borders[1:], batch * sequence]
+    documents = [end - start for start, end in zip(borders, ends, strict=True)]
+    if len(chunks) == 1:
+        return Pieces(documents=documents, queries=[(length, index, length) for index, length in enumerate(documents)])
+    queries: list[tuple[int, int, int]] = []
+    for row in range(batch):
+        for first, last in chunks:
+            low, high = row * sequence + first, row * sequence + last
+            index = bisect_right(borders, low) - 1
+            while low < high:
+                stop = min(high, ends[index])
+                queries.append((stop - low, index, stop - borders[index]))
+                low, index = stop, index + 1
+    return Pieces(documents=documents, queries=queries)
 
 
 class RotaryTable(torch.nn.Module):
@@ -90,6 +95,9 @@ class DocumentAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
+        assert pg_collection is not None
+        group = pg_collection.cp
+        self.context = ContextParallel(rank=group.rank(), size=group.size(), group=group)
         self.grouped = config.num_query_groups != config.num_attention_heads
 
     def forward(
@@ -99,26 +107,37 @@ class DocumentAttention(MegatronModule):
         value: Tensor,
         attention_mask: None,
         *,
-        packed_seq_params: AttentionContext,
+        packed_seq_params: LayerContext,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
     ) -> Tensor:
         """[sequence, batch, heads, head_size], fewer heads in key and value -> [sequence, batch, hidden]."""
-        context = packed_seq_params
-        query = rotate(query, context.cosine, context.sine)
-        key = rotate(key, context.cosine, context.sine)
-        if context.document_lengths is None:
+        tokens = packed_seq_params
+        query = rotate(query, tokens.cosine, tokens.sine)
+        key = rotate(key, tokens.cosine, tokens.sine)
+        if tokens.pieces is None:
             attended = self._attend(*(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)))
             return attended.permute(2, 0, 1, 3).flatten(2)
+        if self.context.size > 1:
+            key, value = self.context.gather(torch.stack((key, value), dim=1)).unbind(dim=1)
+        return self._by_document(query, key, value, tokens.pieces)
+
+    def _by_document(self, query: Tensor, key: Tensor, value: Tensor, pieces: Pieces) -> Tensor:
+        """Queries of this rank, keys and values of whole rows, each [sequence, batch, heads, head_size]."""
         sequence, batch = query.shape[:2]
-        pieces = zip(
-            *(tensor.transpose(0, 1).flatten(0, 1).split(context.document_lengths) for tensor in (query, key, value)),
-            strict=True,
-        )  # a document at a time: [length, heads, head_size] three times
-        attended = [self._attend(*(piece.transpose(0, 1)[None] for piece in triple))[0] for triple in pieces]
-        joined = torch.cat([piece.transpose(0, 1) for piece in attended])  # [batch * sequence, heads, head_size]
-        return joined.view(batch, sequence, -1).transpose(0, 1)
+        keys, values = (tensor.transpose(0, 1).flatten(0, 1).split(pieces.documents) for tensor in (key, value))
+        queries = query.transpose(0, 1).flatten(0, 1).split([length for length, _, _ in pieces.queries])
+        attended = [
+            self._attend(
+                *(piece.transpose(0, 1)[None] for piece in (ours, keys[document][:seen], values[document][:seen]))
+            )[0].transpose(0, 1)
+            for ours, (_, document, seen) in zip(queries, pieces.queries, strict=True)
+        ]  # each [length, heads, head_size]
+        return torch.cat(attended).view(batch, sequence, -1).transpose(0, 1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[batch, heads, length, head_size] -> the same shape, causal."""
-        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
+        """[batch, heads, length, head_size], keys of the same or a greater length that ends where the queries end."""
+        if query.shape[2] == key.shape[2]:
+            return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
+        mask = causal_lower_right(query.shape[2], key.shape[2])
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=self.grouped)

@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 
 from model.config import ModelConfig
 from model.language_model import CausalLanguageModel
+from parallel.config import Recompute
 from parallel.cpu import has_gpu
 from parallel.parameters import local_parameters
 from parallel.topology import Topology
@@ -25,7 +26,8 @@ _INTO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 
 def transformer_config(config: ModelConfig, *, dtype: torch.dtype, topology: Topology) -> TransformerConfig:
     """megatron-core's configuration of one layer, for this layout."""
-    layout = topology.config
+    layout, moe = topology.config, config.moe
+    full = layout.recompute.mode is Recompute.full
     return TransformerConfig(
         num_layers=config.layers,
         hidden_size=config.hidden_size,
@@ -39,16 +41,34 @@ def transformer_config(config: ModelConfig, *, dtype: torch.dtype, topology: Top
         activation_func=silu,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
+        add_bias_linear=config.linear_bias,
+        add_qkv_bias=config.attention_bias,
+        qk_layernorm=config.qk_norm,
+        hidden_dropout=config.dropout,
         attention_dropout=0.0,
+        num_moe_experts=moe.experts or None,
+        moe_router_topk=moe.top_k,
+        moe_router_pre_softmax=not moe.normalise_top_k,
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=moe.load_balance_loss,
+        moe_z_loss_coeff=moe.z_loss,
+        moe_ffn_hidden_size=(moe.ffn_hidden_size or config.ffn_hidden_size) if moe.experts else None,
+        moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size,
+        moe_token_dispatcher_type=moe.dispatcher.value,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.tensor,
         sequence_parallel=topology.sequence_parallel,
+        recompute_granularity=None if layout.recompute.mode is Recompute.none else layout.recompute.mode.value,
+        recompute_method="block" if full else None,
+        recompute_num_layers=(layout.recompute.blocks or config.layers) if full else None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         use_cpu_initialization=not has_gpu(),
         perform_initialization=False,
         calculate_per_token_loss=True,
@@ -62,6 +82,8 @@ def transformer_config(config: ModelConfig, *, dtype: torch.dtype, topology: Top
 
 def initial_value(key: str, shape: tuple[int, ...], *, config: ModelConfig, seed: int) -> Tensor:
     """The whole initial value of a parameter, float32, a function of the seed and its global name alone."""
+    if key.endswith("bias"):
+        return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
     deviation = config.initial_std
@@ -97,12 +119,12 @@ def build(
     for index in range(topology.config.virtual_pipeline):
         chunk = CausalLanguageModel(
             layer_config,
+            config,
             vocabulary_size=vocabulary_size,
             sequence_length=sequence_length,
-            rope_base=config.rope_base,
-            tie_embeddings=config.tie_embeddings,
             topology=topology,
             chunk=index,
+            seed=seed,
         ).to(topology.device)
         initialise(chunk, config=config, seed=seed)
         chunks.append(chunk)

@@ -1,14 +1,19 @@
 """A causal language model, or one pipeline stage of it: tokens to logits.
 
 megatron-core's `HybridModel` builds the embedding, the layers and the output; this subclass replaces its forward by the
-twenty lines that pretraining needs, with positions and document borders per token.
+few lines that pretraining needs, with positions and document borders per token.
 """
 
+import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from model.attention import AttentionContext, RotaryTable, document_lengths
+from model.attention import RotaryTable, find_pieces
+from model.config import ModelConfig
+from model.dropout import drop, token_keys
+from model.layer_context import LayerContext
+from model.moe import summary, take_sums
 from model.specs import layer_pattern, transformer_stack
 from parallel.topology import Topology
 
@@ -18,56 +23,99 @@ class CausalLanguageModel(HybridModel):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        layer_config: TransformerConfig,
+        config: ModelConfig,
         *,
         vocabulary_size: int,
         sequence_length: int,
-        rope_base: float,
-        tie_embeddings: bool,
         topology: Topology,
         chunk: int,
+        seed: int,
     ) -> None:
-        stages, chunks = topology.config.pipeline, topology.config.virtual_pipeline
+        layout = topology.config
+        chunks = layout.pipeline * layout.virtual_pipeline
+        split = layout.pipeline_split or [config.layers // chunks] * chunks
         super().__init__(
-            config,
-            hybrid_stack_spec=transformer_stack(),
+            layer_config,
+            hybrid_stack_spec=transformer_stack(config),
             vocab_size=vocabulary_size,
             max_sequence_length=sequence_length,
-            hybrid_layer_pattern=layer_pattern(config.num_layers, stages * chunks),
+            hybrid_layer_pattern=layer_pattern(config, split),
             pre_process=topology.is_first_pipeline_stage and chunk == 0,
-            post_process=topology.is_last_pipeline_stage and chunk == chunks - 1,
-            share_embeddings_and_output_weights=tie_embeddings,
+            post_process=topology.is_last_pipeline_stage and chunk == layout.virtual_pipeline - 1,
+            share_embeddings_and_output_weights=config.tie_embeddings,
             position_embedding_type="none",
             pg_collection=topology.groups,
-            vp_stage=chunk if chunks > 1 else None,
+            vp_stage=chunk if layout.virtual_pipeline > 1 else None,
         )
-        head_size = config.kv_channels or config.hidden_size // config.num_attention_heads
+        if self.pre_process:
+            self.embedding.embedding_dropout = torch.nn.Dropout(0.0)  # ours follows in `forward`
+        self.description = config
+        self.topology = topology
+        self.seed = seed
         self.rotary = RotaryTable(
-            head_size=head_size,
-            base=rope_base,
+            head_size=config.head_size or config.hidden_size // config.heads,
+            base=config.rope_base,
             sequence_length=sequence_length,
-            dtype=config.params_dtype,
+            dtype=layer_config.params_dtype,
         )
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """A batch (INTERFACES: `tokens`, `positions`, `document_ids`, each [batch, sequence], on the CPU or the
-        device).
+        """A batch (INTERFACES, cut by `ContextParallel.cut`), on the CPU or the device: `tokens` and `positions`
+        [batch, sequence / context], `document_ids` [batch, sequence]; in training with dropout `sample_ids`, with
+        experts `loss_weights` and `loss_factor`.
 
         Returns:
-            The logits [sequence, batch, vocabulary / tensor] on the last chunk; else hidden states
-            [sequence (/ tensor under sequence parallelism), batch, hidden].
+            The logits [sequence / context, batch, vocabulary / tensor] on the last chunk; else hidden states
+            [sequence / context (/ tensor under sequence parallelism), batch, hidden].
         """
-        device = self.rotary.table.device
-        cosine, sine = self.rotary(batch["positions"].to(device, non_blocking=True))
-        context = AttentionContext(
-            cosine=cosine, sine=sine, document_lengths=document_lengths(batch["document_ids"].cpu())
-        )
+        context = self._context(batch)
         hidden = None
         if self.pre_process:
-            hidden = self.embedding(input_ids=batch["tokens"].to(device, non_blocking=True), position_ids=None)
+            tokens = batch["tokens"].to(self.rotary.table.device, non_blocking=True)
+            hidden = self.embedding(input_ids=tokens, position_ids=None)
+            if context.dropout_keys is not None:
+                hidden = drop(hidden, context.dropout_keys, stream=0, share=self.description.dropout)
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=context)
         if not self.post_process:
             return hidden
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden, weight=weight)
         return logits
+
+    def _context(self, batch: dict[str, Tensor]) -> LayerContext:
+        device, held = self.rotary.table.device, self.topology.context
+        cosine, sine = self.rotary(batch["positions"].to(device, non_blocking=True))
+        keys = weights = None
+        sequence = batch["document_ids"].shape[1]
+        if self.training and self.description.dropout:
+            places = held.part(torch.arange(sequence, device=device))
+            keys = self._own(token_keys(self.seed, batch["sample_ids"].to(device, non_blocking=True), places))
+        if self.training and self.description.moe.experts:
+            weights = self._own(batch["loss_weights"].to(device, non_blocking=True).T)
+        return LayerContext(
+            cosine=cosine,
+            sine=sine,
+            pieces=find_pieces(batch["document_ids"].cpu(), held.chunks(sequence)),
+            dropout_keys=keys,
+            weights=weights,
+            loss_factor=batch.get("loss_factor"),
+        )
+
+    def _own(self, tokens: Tensor) -> Tensor:
+        """Of [sequence, batch] what this tensor rank holds between the matrices."""
+        if not self.topology.sequence_parallel:
+            return tokens
+        return tokens.chunk(self.topology.config.tensor)[self.topology.tensor_rank]
+
+    def take_sums(self) -> Tensor | None:
+        """What this chunk adds up over a step beside the loss, of one shape on all ranks; None if nothing."""
+        moe = self.description.moe
+        if not moe.experts:
+            return None
+        return take_sums(self, layers=self.description.layers, experts=moe.experts, device=self.rotary.table.device)
+
+    @staticmethod
+    def metrics(sums: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """From `take_sums`, added up over all chunks and ranks, and the batch's weight: what a step reports."""
+        return summary(sums, weight)

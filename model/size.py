@@ -13,25 +13,56 @@ def head_size(config: ModelConfig) -> int:
     return config.head_size or config.hidden_size // config.heads
 
 
-def layer_matrix_parameters(config: ModelConfig) -> int:
-    """Parameters of one block's matrices: queries, keys, values, output projection; gate, up and down."""
+def _attention_matrices(config: ModelConfig) -> int:
+    """Parameters of one block's queries, keys, values and output projection."""
     query = config.heads * head_size(config)
     key_value = (config.kv_heads or config.heads) * head_size(config)
-    attention = config.hidden_size * (2 * query + 2 * key_value)
-    return attention + 3 * config.hidden_size * config.ffn_hidden_size
+    return config.hidden_size * (2 * query + 2 * key_value)
+
+
+def _has_experts(config: ModelConfig, layer: int) -> bool:
+    return config.moe.experts > 0 and layer >= config.moe.first_layer
+
+
+def _mlp_matrices(config: ModelConfig, layer: int, *, active: bool) -> int:
+    """Parameters of one block's gates, ups and downs, and of its router; `active`: those that one token passes."""
+    gated, moe = 3 * config.hidden_size, config.moe
+    if not _has_experts(config, layer):
+        return gated * config.ffn_hidden_size
+    experts = moe.top_k if active else moe.experts
+    inner = experts * (moe.ffn_hidden_size or config.ffn_hidden_size) + (moe.shared_ffn_hidden_size or 0)
+    return gated * inner + config.hidden_size * moe.experts
+
+
+def _matrices(config: ModelConfig, *, active: bool) -> int:
+    layers = range(config.layers)
+    return sum(_attention_matrices(config) + _mlp_matrices(config, layer, active=active) for layer in layers)
+
+
+def _biases_and_head_norms(config: ModelConfig) -> int:
+    """Parameters of one block beside its matrices and its two norms."""
+    query = config.heads * head_size(config)
+    key_value = (config.kv_heads or config.heads) * head_size(config)
+    count = 2 * head_size(config) if config.qk_norm else 0
+    if config.attention_bias or config.linear_bias:
+        count += query + 2 * key_value
+    if config.linear_bias:
+        count += 2 * config.hidden_size + 2 * config.ffn_hidden_size
+    return count
 
 
 def parameter_count(config: ModelConfig, vocabulary_size: int) -> int:
     """All parameters; a tied embedding counts once."""
     norms = (2 * config.layers + 1) * config.hidden_size
     embeddings = vocabulary_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    return config.layers * layer_matrix_parameters(config) + norms + embeddings
+    return _matrices(config, active=False) + config.layers * _biases_and_head_norms(config) + norms + embeddings
 
 
 def flops_per_token(config: ModelConfig, vocabulary_size: int, sequence_length: int, *, causal: bool) -> float:
-    """Training FLOPs of one token: 6 for each matrix parameter, the output layer included, the input embedding not; and
-    attention over the sequence, halved where `causal` counts only the half that a causal mask leaves.
+    """Training FLOPs of one token: 6 for each matrix parameter that it passes, the output layer included, the input
+    embedding not; and attention over the sequence, halved where `causal` counts only the half that a causal mask
+    leaves.
     """
-    matrices = config.layers * layer_matrix_parameters(config) + config.hidden_size * vocabulary_size
+    matrices = _matrices(config, active=True) + config.hidden_size * vocabulary_size
     attention = 12 * config.layers * config.heads * head_size(config) * sequence_length
     return 6 * matrices + attention * (0.5 if causal else 1.0)

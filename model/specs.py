@@ -4,10 +4,12 @@ A pattern symbol of megatron-core's hybrid stack is a whole Transformer layer he
 are blocks: their numbers, their share in a pipeline and their recomputation all count the same thing.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
+from typing import Any
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid import hybrid_block
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -23,6 +25,9 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from model.attention import DocumentAttention
+from model.config import ModelConfig
+from model.dropout import Residual
+from model.moe import Router, mixture
 
 
 class RMSNorm(torch.nn.Module):
@@ -36,11 +41,11 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.sequence_parallel = config.sequence_parallel
+        self.partial = config.sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[sequence, batch, hidden] -> the same shape."""
-        weight = copy_to_tensor_model_parallel_region(self.weight) if self.sequence_parallel else self.weight
+        weight = copy_to_tensor_model_parallel_region(self.weight) if self.partial else self.weight
         return rms_norm(hidden, self.weight.shape, weight, self.eps)
 
 
@@ -54,10 +59,37 @@ class TransformerStack(HybridStack):
             self.final_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
 
-def transformer_layer() -> ModuleSpec:
-    """Pre-norm attention and SwiGLU MLP."""
+class HeadNorm(RMSNorm):
+    """RMSNorm over each query or key head: a tensor rank sees its own heads only, sequence parallel or not."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.partial = config.tensor_model_parallel_size > 1
+
+
+class Block(TransformerLayer):
+    """megatron-core's layer; hands what it knows of the tokens to those of its parts that have no argument for it."""
+
+    def __init__(self, config: TransformerConfig, submodules: TransformerLayerSubmodules, **options: Any) -> None:
+        super().__init__(config, submodules, **options)
+        residual = partial(Residual, share=config.hidden_dropout, sequence_parallel=config.sequence_parallel)
+        self.self_attn_bda = residual(stream=2 * self.layer_number)
+        self.mlp_bda = residual(stream=2 * self.layer_number + 1)
+        routers = [part for part in self.modules() if isinstance(part, Router)]
+        self._told = (self.self_attn_bda, self.mlp_bda, *routers)
+
+    def forward(self, *arguments: Any, packed_seq_params: Any, **options: Any) -> Any:
+        """[sequence, batch, hidden] and a `LayerContext` -> (the same shape, None)."""
+        for part in self._told:
+            part.tokens = packed_seq_params
+        return super().forward(*arguments, packed_seq_params=packed_seq_params, **options)
+
+
+def _block(config: ModelConfig, mlp: Any) -> ModuleSpec:
+    """Pre-norm attention, and an MLP or a mixture of them."""
+    head_norm = HeadNorm if config.qk_norm else IdentityOp
     return ModuleSpec(
-        module=TransformerLayer,
+        module=Block,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -67,29 +99,35 @@ def transformer_layer() -> ModuleSpec:
                     linear_qkv=ColumnParallelLinear,
                     core_attention=DocumentAttention,  # pyright: ignore[reportArgumentType]
                     linear_proj=RowParallelLinear,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=RMSNorm,
-            mlp=partial(
-                MLP.as_mlp_submodule,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
-            mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
+            mlp=mlp,
         ),
     )
 
 
-def transformer_stack() -> ModuleSpec:
-    """The stack whose every `ATTENTION` symbol is one `transformer_layer`."""
-    return ModuleSpec(module=TransformerStack, submodules=HybridStackSubmodules(attention_layer=transformer_layer()))
+def transformer_stack(config: ModelConfig) -> ModuleSpec:
+    """The stack whose every symbol is one block, `DENSE` or `EXPERTS`."""
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(
+        module=TransformerStack,
+        submodules=HybridStackSubmodules(
+            attention_layer=_block(config, partial(MLP.as_mlp_submodule, submodules=linears)),
+            moe_layer=_block(config, mixture(linears)),
+        ),
+    )
 
 
-LAYER_SYMBOL = hybrid_block.LayerSymbols.ATTENTION
+DENSE, EXPERTS = hybrid_block.LayerSymbols.ATTENTION, hybrid_block.LayerSymbols.MOE
 
 
-def layer_pattern(layers: int, segments: int) -> str:
-    """The hybrid pattern of `layers` blocks in equal pipeline segments: 4 layers in 2 segments are `**|**`."""
-    return "|".join([LAYER_SYMBOL * (layers // segments)] * segments)
+def layer_pattern(config: ModelConfig, split: Sequence[int]) -> str:
+    """The hybrid pattern of all blocks, cut into pipeline chunks of `split` layers: `**|*E` is 4 layers in 2 chunks."""
+    symbols = "".join(
+        EXPERTS if config.moe.experts and layer >= config.moe.first_layer else DENSE for layer in range(config.layers)
+    )
+    ends = list(accumulate(split))
+    return "|".join(symbols[end - length : end] for end, length in zip(ends, split, strict=True))

@@ -9,9 +9,9 @@ nor of ranks changes it. The model and its objective know nothing of this file; 
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,20 @@ class StepResult:
     learning_rate: float
     seconds: Mapping[str, float]
     """Host seconds by phase: `forward_backward`, `communication`, `optimizer`."""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the model reports of a training step beside its loss (of its routers, for one), each []."""
+
+
+class Reporting(Protocol):
+    """What the engine asks of a chunk beside its forward pass."""
+
+    def take_sums(self) -> Tensor | None:
+        """What it added up since the last call, of one shape on all ranks, to be summed over them; None if nothing."""
+        ...
+
+    def metrics(self, sums: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """What a step reports, from those sums and the batch's weight."""
+        ...
 
 
 class _Chunks(torch.nn.Module):
@@ -97,6 +111,7 @@ class Engine:
         )
         updater = ZeroUpdater if topology.config.zero_stage else PlainUpdater
         self.updater: Updater = updater(_Chunks(chunks), self.parameters, config=optimizer, topology=topology)
+        self._reporting = [cast(Reporting, chunk) for chunk in chunks]
         self._stages = [_Stage(chunk, index, self.updater.module) for index, chunk in enumerate(chunks)]
         self._gradient_factor = torch.ones((), dtype=torch.float64, device=topology.device)
         for stage in self._stages:
@@ -128,6 +143,7 @@ class Engine:
     def accumulate(self, batch: Batch) -> StepResult:
         """All of a step but its update: afterwards `updater.gradient` answers. Norm and learning rate are zero."""
         started = time.perf_counter()
+        batch = self.topology.context.cut(batch)
         weight = self._weight(batch)
         self._gradient_factor = self.updater.gradient_scale / weight.clamp(min=1e-12)
         with self.updater.accumulation():
@@ -135,15 +151,20 @@ class Engine:
             ran = time.perf_counter()
         reduced = time.perf_counter()
         loss = self._everywhere(loss_sum) / weight.clamp(min=1e-12)
-        seconds = {"forward_backward": ran - started, "communication": reduced - ran}
         return StepResult(
-            loss=loss, weight=weight, grad_norm=torch.zeros_like(loss), learning_rate=0.0, seconds=seconds
+            loss=loss,
+            weight=weight,
+            grad_norm=torch.zeros_like(loss),
+            learning_rate=0.0,
+            seconds={"forward_backward": ran - started, "communication": reduced - ran},
+            metrics=self._metrics(weight),
         )
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> StepResult:
         """The loss of this slice's batch and its siblings', without an update."""
         started = time.perf_counter()
+        batch = self.topology.context.cut(batch)
         weight = self._weight(batch)
         self.updater.module.train(False)
         loss_sum = self._run(batch, forward_only=True)
@@ -171,7 +192,7 @@ class Engine:
     def _run(self, batch: Batch, *, forward_only: bool) -> Tensor:
         """All micro-batches through the schedule; the sum of the losses [] (zero but on the last stage)."""
         micro_batches = [
-            dict(zip(batch, rows, strict=True))
+            {**dict(zip(batch, rows, strict=True)), "loss_factor": self._gradient_factor}
             for rows in zip(*(tensor.split(self._micro_batch_size) for tensor in batch.values()), strict=True)
         ]
         outputs = self._forward_backward(
@@ -196,6 +217,15 @@ class Engine:
     def _scale(self, loss: Tensor) -> Tensor:
         """A loss sum times what makes the reduced gradient that of the global mean."""
         return loss * self._gradient_factor.to(loss.dtype)
+
+    def _metrics(self, weight: Tensor) -> dict[str, Tensor]:
+        """What the chunks of all ranks added up in a step, put together."""
+        sums = [found for chunk in self._reporting if (found := chunk.take_sums()) is not None]
+        if not sums:
+            return {}
+        total = torch.stack(sums).sum(dim=0)
+        dist.all_reduce(total)
+        return self._reporting[0].metrics(total, weight)
 
     def _everywhere(self, loss_sum: Tensor) -> Tensor:
         """The sum over data-parallel slices, on every rank; only one tensor rank of the last stage contributes."""

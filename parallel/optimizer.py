@@ -145,8 +145,9 @@ class PlainUpdater:
             gradient.zero_()
         yield
         reduce_tied(self.parameters, self.gradients, self.topology)
-        for gradient in self.gradients:
-            dist.all_reduce(gradient, group=self.topology.data_parallel_group)
+        groups = {False: self.topology.data_parallel_group, True: self.topology.expert_data_parallel_group}
+        for local, gradient in zip(self.parameters, self.gradients, strict=True):
+            dist.all_reduce(gradient, group=groups[local.expert])
 
     def all_but_last_micro_batch(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -154,12 +155,13 @@ class PlainUpdater:
     @torch.no_grad()
     def norm(self) -> Tensor:
         """The global gradient norm [], each parameter of the model counted once."""
-        total = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.topology.device)
         for local, gradient in zip(self.parameters, self.gradients, strict=True):
             if (local.cut_over_tensor_ranks or self.topology.tensor_rank == 0) and not local.tied_copy:
-                total += gradient.double().square().sum()
-        dist.all_reduce(total, group=self.topology.model_parallel_group)
-        return total.sqrt()
+                totals[int(local.expert)] += gradient.double().square().sum()
+        dist.all_reduce(totals[0], group=self.topology.model_parallel_group)
+        dist.all_reduce(totals[1], group=self.topology.expert_model_parallel_group)
+        return totals.sum().sqrt()
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> Tensor:

@@ -53,6 +53,8 @@ class LocalParameter:
     shape: torch.Size
     """Local shape, kept because ZeRO-3 empties the parameter."""
     shards: tuple[Shard, ...]
+    expert: bool
+    """Whether it is a part of some experts, which not every data-parallel rank holds."""
     cut_over_tensor_ranks: bool
     """Whether each tensor rank holds another part; otherwise all of them hold the same values."""
     tied_copy: bool
@@ -94,6 +96,7 @@ def local_parameters(chunks: Sequence[torch.nn.Module], *, last_stage_of_several
                     parameter=parameter,
                     shape=parameter.shape,
                     shards=shards,
+                    expert=not getattr(parameter, "allreduce", True),
                     cut_over_tensor_ranks=bool(getattr(parameter, "tensor_model_parallel", False)),
                     tied_copy=tied and last_stage_of_several,
                     tied=tied,

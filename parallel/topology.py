@@ -1,8 +1,8 @@
 """Who this process is in the layout, and the process groups that go with it.
 
 The one place that talks to megatron-core's `parallel_state`: everything else is handed a `Topology` and takes groups
-from it. Ranks are numbered tensor-fastest, then data, then pipeline (megatron-core's default order), so that the ranks
-that talk most sit on one node.
+from it. Ranks are numbered tensor-fastest, then context, then data, then pipeline (megatron-core's default order), so
+that the ranks that talk most sit on one node.
 """
 
 from collections.abc import Mapping
@@ -17,17 +17,18 @@ from torch.distributed import ProcessGroup
 from parallel import cpu
 from parallel.common.errors import ConfigError, Problem
 from parallel.config import ParallelConfig
+from parallel.context import ContextParallel
 
 
 def data_parallel_size(config: ParallelConfig, world_size: int) -> int:
-    """How many ranks hold different samples: world size / (tensor x pipeline).
+    """How many ranks hold different samples: world size / (tensor x pipeline x context).
 
     Raises:
-        ConfigError: the world size is not a multiple of tensor x pipeline.
+        ConfigError: the world size is not a multiple of tensor x pipeline x context.
     """
-    model_ranks = config.tensor * config.pipeline
+    model_ranks = config.tensor * config.pipeline * config.context
     if world_size % model_ranks:
-        legal = f"tensor x pipeline to divide the {world_size} ranks of this run, and it is {model_ranks}"
+        legal = f"tensor x pipeline x context to divide the {world_size} ranks of this run, and it is {model_ranks}"
         raise ConfigError([Problem(key="parallel.tensor", got=config.tensor, legal=legal)])
     return world_size // model_ranks
 
@@ -45,9 +46,11 @@ class Topology:
     data_parallel_rank: int
     data_parallel_size: int
     groups: ProcessGroupCollection
-    """megatron-core's groups: `tp`, `pp`, `dp_cp`, `embd` and so on."""
+    """megatron-core's groups: `tp`, `pp`, `cp`, `dp_cp`, `ep`, `embd` and so on."""
     model_parallel_group: ProcessGroup
-    """The ranks that together hold one copy of the model: tensor x pipeline."""
+    """The ranks that together hold one copy of what is not an expert: tensor x pipeline."""
+    context: ContextParallel
+    """This rank's part of each sequence."""
 
     @classmethod
     def create(cls, config: ParallelConfig, *, device: torch.device | None = None) -> "Topology":
@@ -66,6 +69,9 @@ class Topology:
             tensor_model_parallel_size=config.tensor,
             pipeline_model_parallel_size=config.pipeline,
             virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+            context_parallel_size=config.context,
+            expert_model_parallel_size=config.expert,
+            expert_tensor_parallel_size=config.tensor,
         )
         groups = ProcessGroupCollection.use_mpu_process_groups()
         return cls(
@@ -79,6 +85,7 @@ class Topology:
             data_parallel_size=replicas,
             groups=groups,
             model_parallel_group=groups.mp,
+            context=ContextParallel(rank=groups.cp.rank(), size=config.context, group=groups.cp),
         )
 
     @property
@@ -98,8 +105,18 @@ class Topology:
 
     @property
     def data_parallel_group(self) -> ProcessGroup:
-        """The ranks that hold the same part of the model and different samples."""
+        """The ranks that hold the same part of the model and different tokens: data x context."""
         return self.groups.dp_cp
+
+    @property
+    def expert_data_parallel_group(self) -> ProcessGroup:
+        """The ranks that hold the same experts and different tokens: data x context / expert."""
+        return self.groups.expt_dp
+
+    @property
+    def expert_model_parallel_group(self) -> ProcessGroup:
+        """The ranks that together hold one copy of all experts: tensor x expert x pipeline."""
+        return self.groups.tp_ep_pp
 
     @property
     def embedding_group(self) -> ProcessGroup | None:
@@ -114,6 +131,9 @@ class Topology:
             "sequence_parallel": self.sequence_parallel,
             "pipeline": self.config.pipeline,
             "virtual_pipeline": self.config.virtual_pipeline,
+            "pipeline_split": self.config.pipeline_split,
+            "context": self.config.context,
+            "expert": self.config.expert,
             "data": self.data_parallel_size,
             "zero_stage": self.config.zero_stage,
         }

@@ -61,10 +61,10 @@ class _ModelParallelUnit:
         return self._topology.model_parallel_group
 
     def get_data_parallel_rank(self) -> int:
-        return self._topology.data_parallel_rank
+        return self._topology.data_parallel_group.rank()
 
     def get_data_parallel_world_size(self) -> int:
-        return self._topology.data_parallel_size
+        return self._topology.data_parallel_group.size()
 
     def get_data_parallel_group(self) -> Any:
         return self._topology.data_parallel_group
@@ -87,7 +87,7 @@ def _deepspeed_configuration(
 ) -> dict[str, Any]:
     bucket = min(_BUCKET_ELEMENTS, largest)
     return {
-        "train_batch_size": topology.data_parallel_size,
+        "train_batch_size": topology.data_parallel_group.size(),
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip_norm,
@@ -130,7 +130,7 @@ class ZeroUpdater:
         self.parameters = parameters
         self.topology = topology
         self.stage = _effective_stage(parameters, topology)
-        self.gradient_scale = float(topology.data_parallel_size)
+        self.gradient_scale = float(topology.data_parallel_group.size())
         self._in_backward = self.stage >= 2
         unit = _ModelParallelUnit(topology)
         os.environ.setdefault("LOCAL_RANK", str(topology.device.index or 0))  # asked for by DeepSpeed, nowhere used

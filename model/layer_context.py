@@ -1,0 +1,41 @@
+"""What a layer knows about the tokens of a micro-batch beside their hidden states.
+
+It travels in the slot that megatron-core passes, untouched, from the model to each layer and its attention
+(`packed_seq_params`).
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pieces:
+    """How a micro-batch falls into causal attentions that do not cross a document."""
+
+    documents: list[int]
+    """Lengths of the documents of the flattened [batch, sequence], over whole rows."""
+    queries: list[tuple[int, int, int]]
+    """This rank's queries in their order, [batch, sequence / context] flattened: (length, document, keys), where they
+    are the last `length` of the first `keys` tokens of the document."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerContext:
+    """Made once a forward pass, shared by all layers. `sequence` is this rank's part under context parallelism; `own`
+    is what it holds between the matrices: sequence / tensor under sequence parallelism, else sequence."""
+
+    cosine: Tensor
+    """[sequence, batch, 1, head_size], of the model's dtype."""
+    sine: Tensor
+    """[sequence, batch, 1, head_size], of the model's dtype; the first half negated."""
+    pieces: Pieces | None
+    """None where each row is one document, whole on this rank."""
+    dropout_keys: Tensor | None
+    """[own, batch] int64, a number for each token; None without dropout."""
+    weights: Tensor | None
+    """[own, batch] float32: how much each token's loss counts; None where nothing in a layer asks."""
+    loss_factor: Tensor | None
+    """[] by what a loss that a layer adds is to be multiplied; None outside of training."""
+    qkv_format: str = "sbhd"
+    """Read by megatron-core: activations keep their [sequence, batch, head, head_size] shape."""

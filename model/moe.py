@@ -1,0 +1,143 @@
+"""Mixture of experts: the router, its losses and what it reports; dispatch and experts are megatron-core's.
+
+The idea: every number here is defined per sample and weighed by tokens, so that no layout, micro-batch or padding
+changes it. With w_t the loss weight of token t of a sample of weight T, the load-balancing loss of a sample is
+
+    E x sum over experts e of (share of choices that fell on e) x (mean score of e)        both weighted by w
+
+(Fedus et al., 2021, arXiv:2101.03961, eq. 4, taken per sequence as in DeepSeek-V3, arXiv:2412.19437), and the loss of
+a batch is its token-weighted mean over samples, coefficient in front, added for each layer. The z-loss is the
+token-weighted mean of squared log-sum-exps (Zoph et al., 2022, arXiv:2202.08906).
+
+megatron-core's own router defines both per micro-batch and in float32; its results would change with the layout.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import linear
+
+from model.layer_context import LayerContext
+
+
+class _Attach(torch.autograd.Function):
+    """Adds a loss to those that the backward pass differentiates, by way of a tensor that it reaches anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, loss: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor.to(loss.dtype))
+        return carrier
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return gradients[0], factor, None
+
+
+class Router(MegatronModule):
+    """Sends each token to its top experts; computes in float32 (float64 in float64)."""
+
+    tokens: LayerContext
+    """Handed over by the block before each forward pass."""
+
+    def __init__(
+        self, *, config: TransformerConfig, pg_collection: ProcessGroupCollection | None, is_mtp_layer: bool = False
+    ) -> None:
+        super().__init__(config)
+        assert pg_collection is not None
+        assert config.num_moe_experts is not None
+        self.experts = config.num_moe_experts
+        self.group = pg_collection.tp_cp
+        self.layer_number = 0
+        self.weight = torch.nn.Parameter(torch.empty(self.experts, config.hidden_size, dtype=config.params_dtype))
+        self.sums: Tensor | None = None
+        """[experts + 2] float64 since the last step: tokens of each expert, load-balancing loss, z-loss."""
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Called by megatron-core; counted from 1."""
+        self.layer_number = layer_number
+
+    def forward(self, hidden: Tensor, padding_mask: None = None) -> tuple[Tensor, Tensor]:
+        """[sequence, batch, hidden] -> the chosen experts' weights and the choice, each [sequence x batch, experts]."""
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        weight = copy_to_tensor_model_parallel_region(self.weight) if self.config.sequence_parallel else self.weight
+        logits = linear(hidden.to(dtype), weight.to(dtype))  # [sequence, batch, experts]
+        scores = logits.softmax(dim=-1)
+        top, chosen = logits.topk(self.config.moe_router_topk, dim=-1)
+        shares = scores.gather(-1, chosen) if self.config.moe_router_pre_softmax else top.softmax(dim=-1)
+        weights = torch.zeros_like(scores).scatter(-1, chosen, shares)
+        choice = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
+        if self.training and torch.is_grad_enabled():
+            loss = self._losses(logits, scores, choice)
+            weights = _Attach.apply(weights, loss, self.tokens.loss_factor)
+        return weights.flatten(0, 1), choice.flatten(0, 1)
+
+    def _losses(self, logits: Tensor, scores: Tensor, choice: Tensor) -> Tensor:
+        """The auxiliary losses of the micro-batch [], summed over tokens; adds to what the step reports."""
+        assert self.tokens.weights is not None
+        weights = self.tokens.weights.to(scores.dtype)[..., None]  # [sequence, batch, 1]
+        chosen = (choice * weights).sum(dim=0)  # [batch, experts]
+        counts = torch.cat((chosen, weights.sum(dim=0)), dim=-1)
+        dist.all_reduce(counts, group=self.group)
+        score_sums = reduce_from_tensor_model_parallel_region((scores * weights).sum(dim=0), group=self.group)
+        per_sample = (counts[:, :-1] * score_sums).sum(dim=-1) / counts[:, -1].clamp(min=1e-12)
+        balance = per_sample.sum() * (self.experts / self.config.moe_router_topk)
+        z = (logits.logsumexp(dim=-1, keepdim=True).square() * weights).sum()
+        self._remember(chosen, balance / self.group.size(), z)
+        return self.config.moe_aux_loss_coeff * balance + (self.config.moe_z_loss_coeff or 0.0) * z
+
+    @torch.no_grad()
+    def _remember(self, chosen: Tensor, balance: Tensor, z: Tensor) -> None:
+        found = torch.cat((chosen.sum(dim=0), torch.stack((balance, z)))).double()
+        self.sums = found if self.sums is None else self.sums + found
+
+
+def mixture(linears: MLPSubmodules) -> partial[MoELayer]:
+    """megatron-core's mixture with our router, for a layer's MLP slot."""
+    return partial(
+        MoELayer,
+        submodules=MoESubmodules(
+            router=Router,
+            experts=partial(SequentialMLP, submodules=linears),
+            shared_experts=partial(SharedExpertMLP, submodules=linears),
+        ),
+    )
+
+
+def take_sums(chunk: torch.nn.Module, *, layers: int, experts: int, device: torch.device) -> Tensor:
+    """What this rank's routers saw since the last call, [layers, experts + 2] float64; zero for layers elsewhere."""
+    sums = torch.zeros(layers, experts + 2, dtype=torch.float64, device=device)
+    for router in (module for module in chunk.modules() if isinstance(module, Router)):
+        if router.sums is not None:
+            sums[router.layer_number - 1] = router.sums
+            router.sums = None
+    return sums
+
+
+def summary(sums: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """What a step reports of its routers: from [layers, experts + 2] summed over all ranks, and the batch's weight.
+
+    `load_balance_loss` is 1 for an even spread and `experts` for the worst (mean over layers, without coefficient);
+    `busiest_expert` is the largest share of a layer's tokens that one expert got, times the number of experts.
+    """
+    sums = sums[sums[:, :-2].sum(dim=1) > 0]
+    if not len(sums):
+        return {}
+    tokens = sums[:, :-2]
+    busiest = (tokens.amax(dim=1) / tokens.mean(dim=1)).amax()
+    means = sums[:, -2:].mean(dim=0) / weight.clamp(min=1e-12)
+    return {"load_balance_loss": means[0], "router_z_loss": means[1], "busiest_expert": busiest}
