@@ -6,6 +6,7 @@ Read it from top to bottom to know what a run is made of; each line names the ro
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,12 +21,13 @@ from launcher.evaluation.validation import Validation
 from launcher.meter import Meter
 from launcher.preempt import Preempt
 from launcher.progress import Every, Progress
-from launcher.run_directory import RunDirectory
+from launcher.run_directory import Lock, RunDirectory
 from launcher.runtime import COLLECTIVE_LIMIT
 from launcher.tracking import Tracker, WeightsAndBiases
 from model.build import build
 from model.objectives import causal_language_modelling
 from parallel.checkpoint.checkpoints import Checkpoints
+from parallel.checkpoint.fence import Fence
 from parallel.common.stateful import Stateful
 from parallel.engine import Engine, Objective
 from parallel.precision import model_dtype
@@ -77,7 +79,7 @@ def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preemp
     checkpoints = Checkpoints(
         directory.checkpoints,
         keep=config.checkpoint.keep,
-        attempt=attempt,
+        fence=Fence(attempt=attempt, holder=partial(Lock.attempt, directory.lock)),
         layout=dict(topology.describe()),
         config=configuration.to_dict(config),
     )

@@ -23,6 +23,7 @@ from launcher.verbs.train import TrainJob
 from launcher.work import Ranks
 from model.size import parameter_count
 from parallel.checkpoint.agreement import agreed
+from parallel.checkpoint.fence import claim
 from parallel.common.units import format_count
 from parallel.engine import StepResult
 
@@ -78,6 +79,7 @@ def _attempt(job: TrainJob, directory: RunDirectory, lock: Lock, ranks: Ranks, p
         if ranks.rank == 0:
             lock.take(ranks.attempt)
             directory.check_unchanged(job.config)
+            claim(directory.checkpoints, ranks.attempt)
     parts = assemble(job.config, directory, attempt=ranks.attempt, preempt=preempt)
     newest = parts.checkpoints.newest()
     if newest is not None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from parallel.checkpoint.fence import Fence
 from parallel.checkpoint.load import load
 from parallel.checkpoint.manifest import fingerprint, versions, whole_steps
 from parallel.checkpoint.retention import keep_newest
@@ -33,16 +34,16 @@ class Checkpoints:
     Args:
         root: the run's `checkpoints` directory; made at the first save.
         keep: newest whole checkpoints that stay, at least 1.
-        attempt: names this start of the run; letters, digits, `.`, `_` and `-`.
+        fence: names this start of the run, in letters, digits, `.`, `_` and `-`; sees whether the run is its own.
         layout: JSON record of the parallel degrees.
         config: JSON form of the run's configuration; its fingerprint is recorded.
     """
 
-    def __init__(self, root: Path, *, keep: int, attempt: str, layout: dict[str, Any], config: dict[str, Any]) -> None:
-        assert re.fullmatch(r"[A-Za-z0-9._-]+", attempt), attempt
+    def __init__(self, root: Path, *, keep: int, fence: Fence, layout: dict[str, Any], config: dict[str, Any]) -> None:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+", fence.attempt), fence.attempt
         self.root = root
         self._keep = keep
-        self._attempt = attempt
+        self._fence = fence
         self._layout = layout
         self._config_fingerprint = fingerprint(config)
 
@@ -56,7 +57,7 @@ class Checkpoints:
             self.root,
             step,
             participants,
-            attempt=self._attempt,
+            fence=self._fence,
             layout=self._layout,
             config_fingerprint=self._config_fingerprint,
             versions=versions(),

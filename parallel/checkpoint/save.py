@@ -3,9 +3,10 @@
     1. rank 0 makes checkpoints/.attempt-ATTEMPT-STEP
     2. every rank writes and hashes its own shards there, and flushes them to the disk
     3. rank 0 writes state.json, then manifest.json with every file's size and hash, and flushes them
-    4. rank 0 renames the directory to step-STEP and flushes checkpoints/: the commit
+    4. rank 0 sees that the run is still this attempt's
+    5. rank 0 renames the directory to step-STEP and flushes checkpoints/: the commit
 
-A kill before 4 leaves a dot-directory that is no checkpoint, a kill after it a whole one. An error on any rank is an
+A kill before 5 leaves a dot-directory that is no checkpoint, a kill after it a whole one. An error on any rank is an
 error on all; the half-written directory is removed.
 """
 
@@ -20,8 +21,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from parallel.checkpoint.agreement import agreed, as_user_error, exchange
-from parallel.checkpoint.manifest import MANIFEST, STATE, TENSORS, FileRecord, Manifest, fingerprint, step_name
-from parallel.checkpoint.retention import remove_leftovers
+from parallel.checkpoint.fence import WRITING, Fence
+from parallel.checkpoint.manifest import STATE, TENSORS, FileRecord, Manifest, fingerprint, step_name
 from parallel.checkpoint.shards import write_shards
 from parallel.common.errors import UserError
 from parallel.common.faults import fault_point
@@ -36,7 +37,7 @@ def save(
     step: int,
     participants: Mapping[str, Stateful],
     *,
-    attempt: str,
+    fence: Fence,
     layout: dict[str, Any],
     config_fingerprint: str,
     versions: dict[str, str],
@@ -44,15 +45,16 @@ def save(
     """Writes and commits `root/step-STEP`; every rank calls this.
 
     Raises:
-        UserError: on all ranks; the step exists, or a file cannot be written (which, and why). No checkpoint that
-            stood before is touched.
+        UserError: on all ranks; the step exists, a file cannot be written (which, and why), or the run has gone over
+            to another attempt. No checkpoint that stood before is touched.
     """
     target = root / step_name(step)
-    temporary = root / f".attempt-{attempt}-{step:08d}"
+    temporary = root / f"{WRITING}{fence.attempt}-{step:08d}"
     doing = f"save the checkpoint {target}"
     with agreed(doing):
         if dist.get_rank() == 0:
-            _prepare(root, target, temporary, attempt)
+            fence.check(doing)
+            _prepare(target, temporary, fence.attempt)
     try:
         # Outside `agreed`: a participant may gather its state over ranks.
         states = {name: participant.state_dict() for name, participant in participants.items()}
@@ -69,7 +71,7 @@ def save(
                 fault_point("checkpoint.before_manifest")
                 Manifest(
                     step=step,
-                    attempt=attempt,
+                    attempt=fence.attempt,
                     layout=layout,
                     config_fingerprint=config_fingerprint,
                     versions=versions,
@@ -77,7 +79,7 @@ def save(
                     files=dict(sorted(files.items())),
                 ).write(temporary)
                 fault_point("checkpoint.after_manifest")
-                _commit(temporary, target)
+                _commit(temporary, target, fence, doing)
     except Exception:
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -85,15 +87,14 @@ def save(
     return target
 
 
-def _prepare(root: Path, target: Path, temporary: Path, attempt: str) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(root, attempt)
+def _prepare(target: Path, temporary: Path, attempt: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         try:
             Manifest.read(target)
         except UserError as error:
             # No crash of ours leaves this: the disk was damaged. It is kept for whoever wants to look.
-            aside = root / f".damaged-{target.name}-before-{attempt}"
+            aside = target.with_name(f".damaged-{target.name}-before-{attempt}")
             target.rename(aside)
             logger.warning("%s; it was renamed to %s", error, aside)
         else:
@@ -142,10 +143,10 @@ def _write_tensors(temporary: Path, tensors: list[ShardedTensor], doing: str) ->
     return {f"{TENSORS}/{name}": record for files in exchange(mine) for name, record in files.items()}
 
 
-def _commit(temporary: Path, target: Path) -> None:
-    assert (temporary / MANIFEST).exists()
+def _commit(temporary: Path, target: Path, fence: Fence, doing: str) -> None:
     sync_directory(temporary)
     fault_point("checkpoint.before_rename")
+    fence.check(doing)
     temporary.rename(target)
     fault_point("checkpoint.after_rename")
     sync_directory(target.parent)

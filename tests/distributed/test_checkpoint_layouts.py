@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from parallel.checkpoint.checkpoints import Checkpoints
+from parallel.checkpoint.fence import Fence
 from parallel.config import ParallelConfig
 from parallel.engine import Engine
 from tests.distributed.layouts import Row, batch, make_engine, slice_of, whole
@@ -43,7 +44,8 @@ def _row(name: str, dtype: torch.dtype) -> Row:
 
 
 def _checkpoints(root: Path, row: Row) -> Checkpoints:
-    return Checkpoints(root, keep=3, attempt="test", layout={"name": row.name}, config={})
+    fence = Fence(attempt="test", holder=lambda: "test")
+    return Checkpoints(root, keep=3, fence=fence, layout={"name": row.name}, config={})
 
 
 def _view(engine: Engine) -> dict[str, Any]:

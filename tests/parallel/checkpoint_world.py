@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from parallel.checkpoint.agreement import agreed
 from parallel.checkpoint.checkpoints import Checkpoints
+from parallel.checkpoint.fence import Fence, claim
 from tests.distributed.world import run_world
 
 ROWS, COLUMNS, LAYERS = 8, 6, 4
@@ -91,11 +93,15 @@ def global_tensor(name: str, seed: int | None) -> torch.Tensor:
 
 
 def checkpoints(root: Path, *, keep: int = 10, attempt: str = "first") -> Checkpoints:
-    return Checkpoints(root, keep=keep, attempt=attempt, layout={"ranks": 2}, config={"seed": 1})
+    fence = Fence(attempt=attempt, holder=lambda: attempt)
+    return Checkpoints(root, keep=keep, fence=fence, layout={"ranks": 2}, config={"seed": 1})
 
 
 def save(root: Path, layout: str = "tensor", steps: tuple[int, ...] = (1,), keep: int = 10, attempt: str = "a") -> None:
-    """One rank's work: saves each step with contents that follow from the step."""
+    """One rank's work: begins an attempt, then saves each step with contents that follow from the step."""
+    with agreed("begin"):
+        if dist.get_rank() == 0:
+            claim(root, attempt)
     for step in steps:
         participants = {
             "weights": Weights(layout, seed=step),

@@ -169,7 +169,7 @@ def test_retention_keeps_the_newest(tmp_path: Path) -> None:
     assert checkpoints(tmp_path).steps() == [2, 10]
 
 
-def test_leftovers_of_dead_attempts_are_removed_by_the_next_save(tmp_path: Path) -> None:
+def test_leftovers_of_dead_attempts_are_removed_by_the_next_one(tmp_path: Path) -> None:
     for name in (".attempt-dead-00000007", ".removed-step-00000001"):
         (tmp_path / name / "tensors").mkdir(parents=True)
     assert checkpoints(tmp_path).newest() is None

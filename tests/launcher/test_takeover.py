@@ -1,0 +1,32 @@
+"""A frozen attempt that comes back after its run has gone over to another one."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from launcher.outcome import Outcome
+from launcher.run_directory import RunDirectory
+from tests.launcher.test_train import wait_for_step
+from tests.launcher.tiny import configuration, run, start
+
+
+@pytest.mark.distributed
+def test_a_thawed_attempt_commits_nothing(tmp_path: Path, store: Path) -> None:
+    config = configuration(tmp_path, store, train={"steps": 60}, checkpoint={"every_steps": 10})
+    directory = RunDirectory(tmp_path / "run")
+    frozen = start("train", config)
+    wait_for_step(frozen, tmp_path, 3)
+    frozen.send(signal.SIGSTOP)
+    # On one machine the operating system holds the lock for the frozen process; a file server lets it expire.
+    directory.lock.unlink()
+    assert run("train", config)[0] == [0]
+    outcome = Outcome.read(directory.outcome)
+    before = {path: path.read_bytes() for path in directory.checkpoints.rglob("*") if path.is_file()}
+    assert outcome is not None
+    assert outcome.step == 60
+    frozen.send(signal.SIGCONT)
+    assert frozen.wait() == [2], frozen.said()
+    assert f"belongs to the attempt {outcome.attempt} now" in frozen.said()
+    assert {path: path.read_bytes() for path in directory.checkpoints.rglob("*") if path.is_file()} == before
+    assert Outcome.read(directory.outcome) == outcome
