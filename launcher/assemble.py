@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from data_pipeline.loader import Loader
 from data_pipeline.store import TRAINING, Store
 from launcher import config as configuration
+from launcher.batches import Batches
 from launcher.config import RunConfig, WandbMode
 from launcher.display import Display, make_display
 from launcher.evaluation.validation import Validation
@@ -43,6 +45,7 @@ class Parts:
     vocabulary_size: int
     engine: Engine
     loader: Loader
+    batches: Batches
     progress: Progress
     preempt: Preempt
     validation: Validation
@@ -60,7 +63,8 @@ def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preemp
     train, steps = config.train, configuration.total_steps(config)
     store = Store.open(Path(config.data.store))
     topology = Topology.create(config.parallel)
-    engine = make_engine(config, store=store, topology=topology, objective=causal_language_modelling)
+    rows = vocabulary_size(config, store)
+    engine = make_engine(config, vocabulary_size=rows, topology=topology, objective=causal_language_modelling)
     loader = Loader(
         store,
         split=TRAINING,
@@ -87,9 +91,10 @@ def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preemp
     preempt.join(_control_group(topology))
     return Parts(
         topology=topology,
-        vocabulary_size=vocabulary_size(config, store),
+        vocabulary_size=rows,
         engine=engine,
         loader=loader,
+        batches=Batches(loader, topology),
         progress=progress,
         preempt=preempt,
         validation=Validation(config, store=store, topology=topology, total_steps=steps),
@@ -99,7 +104,7 @@ def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preemp
         participants={**engine.participants(), "loader": loader, "progress": progress},
         meter=Meter(
             model=config.model,
-            vocabulary_size=vocabulary_size(config, store),
+            vocabulary_size=rows,
             sequence_length=train.sequence_length,
             topology=topology,
             dtype=model_dtype(config.precision),
@@ -109,13 +114,20 @@ def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preemp
     )
 
 
-def make_engine(config: RunConfig, *, store: Store, topology: Topology, objective: Objective) -> Engine:
-    """The model with its optimizer, initialised from the seed."""
+def make_engine(
+    config: RunConfig,
+    *,
+    vocabulary_size: int,
+    topology: Topology,
+    objective: Objective,
+    dtype: torch.dtype | None = None,
+) -> Engine:
+    """The model with its optimizer, initialised from the seed; of the configured precision, unless `dtype` is given."""
     chunks = build(
         config.model,
-        vocabulary_size=vocabulary_size(config, store),
+        vocabulary_size=vocabulary_size,
         sequence_length=config.train.sequence_length,
-        dtype=model_dtype(config.precision),
+        dtype=dtype or model_dtype(config.precision),
         topology=topology,
         seed=config.run.seed,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import Tokenizer
-from launcher.assemble import make_engine
+from launcher.assemble import make_engine, vocabulary_size
 from launcher.outcome import Outcome
 from launcher.runtime import in_ranks
 from launcher.verbs.generate import GenerateJob, facts, keep, show
@@ -65,7 +65,12 @@ def _generated(job: GenerateJob, ranks: Ranks) -> Outcome:
     store = Store.open(Path(config.data.store))
     tokenizer = Tokenizer.load(store.tokenizer)
     topology = Topology.create(config.parallel)
-    engine = make_engine(config, store=store, topology=topology, objective=causal_language_modelling)
+    engine = make_engine(
+        config,
+        vocabulary_size=vocabulary_size(config, store),
+        topology=topology,
+        objective=causal_language_modelling,
+    )
     load(job.checkpoint.path, {"model": engine.participants()["model"]})
     model = engine.updater.module
     model.eval()

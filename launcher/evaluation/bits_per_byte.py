@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.store import Store
-from launcher.assemble import make_engine
+from launcher.assemble import make_engine, vocabulary_size
 from launcher.evaluation import result
 from launcher.evaluation.validation import validation_batches
 from launcher.outcome import Outcome
@@ -75,7 +75,7 @@ def _evaluated(job: EvaluateJob, ranks: Ranks) -> Outcome:
     store = Store.open(Path(config.data.store))
     topology = Topology.create(config.parallel)
     losses = SourceLosses(len(store.sources), topology)
-    engine = make_engine(config, store=store, topology=topology, objective=losses)
+    engine = make_engine(config, vocabulary_size=vocabulary_size(config, store), topology=topology, objective=losses)
     load(checkpoint.path, {"model": engine.participants()["model"]})
     batches = validation_batches(config, store=store, topology=topology)
     sums = evaluate(engine, losses, batches, store.sources)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from launcher.verify.compare import whole
+from launcher.verify.measure import Case, batch_of, engine_of
+from launcher.verify.world import run_world
 from parallel.checkpoint.checkpoints import Checkpoints
-from parallel.checkpoint.fence import Fence
-from parallel.config import ParallelConfig
 from parallel.engine import Engine
-from tests.distributed.layouts import Row, batch, make_engine, slice_of, whole
-from tests.distributed.world import run_world
+from tests.distributed.layouts import tiny
 
 pytestmark = [pytest.mark.distributed, pytest.mark.truth]
 
@@ -38,14 +38,13 @@ CASES = [(name, torch.float32) for name in NAMES]
 CASES += [(name, torch.bfloat16) for name in ("dp2-zero1", "dp2-zero3", "tp2-sp-zero1", "pp2-vpp2-zero1")]
 
 
-def _row(name: str, dtype: torch.dtype) -> Row:
+def _case(name: str, dtype: torch.dtype) -> Case:
     ranks, layout = LAYOUTS[name]
-    return Row(name=name, ranks=ranks, layout=ParallelConfig(**layout), dtype=dtype, tied=True)
+    return tiny(ranks, dtype=dtype, tied=True, **layout)
 
 
-def _checkpoints(root: Path, row: Row) -> Checkpoints:
-    fence = Fence(attempt="test", holder=lambda: "test")
-    return Checkpoints(root, keep=3, fence=fence, layout={"name": row.name}, config={})
+def _checkpoints(root: Path) -> Checkpoints:
+    return Checkpoints(root, keep=3, attempt="test", layout={}, config={})
 
 
 def _view(engine: Engine) -> dict[str, Any]:
@@ -61,41 +60,43 @@ def _view(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _next_step(engine: Engine) -> tuple[str, str]:
-    result = engine.step(slice_of(batch(2), engine.topology))
+def _next_step(case: Case, engine: Engine) -> tuple[str, str]:
+    result = engine.step(batch_of(case, 2, engine.topology))
     return float(result.loss).hex(), float(result.grad_norm).hex()
 
 
-def _train_and_save(root: Path, row: Row) -> tuple[dict[str, Any], tuple[str, str]]:
-    engine = make_engine(row)
+def _train_and_save(root: Path, case: Case) -> tuple[dict[str, Any], tuple[str, str]]:
+    engine = engine_of(case)
     for step in range(2):
-        engine.step(slice_of(batch(step), engine.topology))
-    _checkpoints(root, row).save(2, engine.participants())
-    return _view(engine), _next_step(engine)
+        engine.step(batch_of(case, step, engine.topology))
+    _checkpoints(root).save(2, engine.participants())
+    return _view(engine), _next_step(case, engine)
 
 
-def _load(root: Path, row: Row) -> tuple[dict[str, Any], tuple[str, str]]:
-    engine = make_engine(row)
-    checkpoints = _checkpoints(root, row)
+def _load(root: Path, case: Case) -> tuple[dict[str, Any], tuple[str, str]]:
+    engine = engine_of(case)
+    checkpoints = _checkpoints(root)
     path = checkpoints.newest()
     assert path
     checkpoints.load(path, engine.participants())
-    return _view(engine), _next_step(engine)
+    return _view(engine), _next_step(case, engine)
 
 
 def _global(answers: list[Any]) -> tuple[dict[str, np.ndarray], Any]:
-    return whole([view["tensors"] for view, _ in answers]), answers[0][0]["schedule"]
+    found = whole([view["tensors"] for view, _ in answers])
+    assert not found.copies, f"copies differ: {list(found.copies)}"
+    return found.tensors, answers[0][0]["schedule"]
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_what_a_layout_saved_the_same_one_and_another_load(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
-    row = _row(name, dtype)
-    went_on = run_world(partial(_train_and_save, tmp_path, row), row.ranks, seconds=LIMIT_SECONDS)
+    case = _case(name, dtype)
+    went_on = run_world(partial(_train_and_save, tmp_path, case), case.ranks, seconds=LIMIT_SECONDS)
     tensors, schedule = _global(went_on)
     # Three further on: with eight layouts this leads from each to each in turn.
     for other in (name, NAMES[(NAMES.index(name) + 3) % len(NAMES)]):
-        other_row = _row(other, dtype)
-        resumed = run_world(partial(_load, tmp_path, other_row), other_row.ranks, seconds=LIMIT_SECONDS)
+        other_case = _case(other, dtype)
+        resumed = run_world(partial(_load, tmp_path, other_case), other_case.ranks, seconds=LIMIT_SECONDS)
         loaded, loaded_schedule = _global(resumed)
         assert loaded.keys() == tensors.keys()
         different = [key for key, tensor in tensors.items() if not np.array_equal(tensor, loaded[key])]

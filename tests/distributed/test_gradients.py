@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.config import ParallelConfig
-from parallel.optimizer import Kind
-from tests.distributed.layouts import Row, found, whole, worst
-from tests.distributed.world import run_world
+from launcher.verify.compare import Tensors, whole, worst
+from launcher.verify.measure import Case, Shards, found
+from launcher.verify.world import run_world
+from tests.distributed.layouts import tiny
 
 pytestmark = [pytest.mark.distributed, pytest.mark.truth]
 
@@ -31,16 +31,15 @@ SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def row(shape: str, stage: int, dtype: torch.dtype, tied: bool) -> Row:
+def case_of(shape: str, stage: int, dtype: torch.dtype, tied: bool) -> Case:
     ranks, layout = SHAPES[shape]
-    name = f"{shape}-zero{stage}-{str(dtype).removeprefix('torch.')}{'-tied' if tied else ''}"
-    return Row(name=name, ranks=ranks, layout=ParallelConfig(zero_stage=stage, **layout), dtype=dtype, tied=tied)
+    return tiny(ranks, dtype=dtype, tied=tied, zero_stage=stage, **layout)
 
 
 def rows(dtype: torch.dtype, stages: tuple[int, ...]) -> list[Any]:
     """Every legal row: stage 3 has no pipeline, and the four-rank layouts are proven at stages 0 and 1."""
     return [
-        pytest.param(row(shape, stage, dtype, tied), id=row(shape, stage, dtype, tied).name)
+        pytest.param(case_of(shape, stage, dtype, tied), id=f"{shape}-zero{stage}{'-tied' if tied else ''}")
         for stage in stages
         for shape, (ranks, layout) in SHAPES.items()
         for tied in (False, True)
@@ -48,28 +47,33 @@ def rows(dtype: torch.dtype, stages: tuple[int, ...]) -> list[Any]:
     ]
 
 
-def measured(case: Row) -> dict[str, Any]:
+def measured(case: Case) -> dict[str, Any]:
     """What the whole world found; losses and norms are the same on every rank."""
-    answers = run_world(found, case.ranks, case)
+    answers = run_world(lambda: found(case, steps=2), case.ranks)
     for answer in answers[1:]:
-        assert answer["losses"] == answers[0]["losses"]
-        assert answer["norms"] == answers[0]["norms"]
+        assert answer.losses == answers[0].losses
+        assert answer.norms == answers[0].norms
     return {
-        "losses": answers[0]["losses"],
-        "norms": answers[0]["norms"],
-        "evaluated": answers[0]["evaluated"],
-        "gradient": whole([answer["gradients"][0] for answer in answers]),
-        "moment": whole([answer["state"][Kind.first_moment] for answer in answers]),
+        "losses": answers[0].losses,
+        "norms": answers[0].norms,
+        "evaluated": answers[0].evaluated,
+        "gradient": together([answer.gradients[0] for answer in answers]),
     }
+
+
+def together(per_rank: list[Shards]) -> Tensors:
+    found = whole(per_rank)
+    assert not found.copies, f"copies differ: {list(found.copies)}"
+    return found.tensors
 
 
 @cache
 def oracle(dtype: torch.dtype, tied: bool) -> dict[str, Any]:
-    return measured(row("dp1", 0, dtype, tied))
+    return measured(case_of("dp1", 0, dtype, tied))
 
 
-def compare(case: Row, tolerance: float) -> None:
-    ours, reference = measured(case), oracle(case.dtype, case.tied)
+def compare(case: Case, tolerance: float) -> None:
+    ours, reference = measured(case), oracle(case.dtype, case.config.model.tie_embeddings)
     error, name = worst(ours["gradient"], reference["gradient"])
     assert error <= tolerance, f"gradient of {name}: {error:.1e}"
     assert ours["losses"][0] == pytest.approx(reference["losses"][0], rel=tolerance)
@@ -81,22 +85,22 @@ def compare(case: Row, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("case", rows(torch.float64, (0,)))
-def test_float64_equals_one_rank(case: Row) -> None:
+def test_float64_equals_one_rank(case: Case) -> None:
     compare(case, 1e-11)
 
 
 @pytest.mark.parametrize("case", rows(torch.float32, (1, 2, 3)))
-def test_fp32_equals_one_rank(case: Row) -> None:
+def test_fp32_equals_one_rank(case: Case) -> None:
     compare(case, 2e-6)
 
 
 @pytest.mark.parametrize("case", rows(torch.bfloat16, (0, 1, 2, 3)))
-def test_bf16_rounds_as_one_rank_does(case: Row) -> None:
-    layout = case.layout
-    if layout.tensor == 1 and not (case.tied and layout.pipeline > 1):
+def test_bf16_rounds_as_one_rank_does(case: Case) -> None:
+    layout, tied = case.config.parallel, case.config.model.tie_embeddings
+    if layout.tensor == 1 and not (tied and layout.pipeline > 1):
         compare(case, 1e-6)
         return
-    exact, rounded = oracle(torch.float32, case.tied), oracle(torch.bfloat16, case.tied)
+    exact, rounded = oracle(torch.float32, tied), oracle(torch.bfloat16, tied)
     ours = measured(case)
     allowed = 1.5 * worst(rounded["gradient"], exact["gradient"])[0]
     assert worst(ours["gradient"], exact["gradient"])[0] <= allowed
@@ -106,11 +110,7 @@ def test_bf16_rounds_as_one_rank_does(case: Row) -> None:
 
 def test_clipping_and_accumulation_do_not_depend_on_the_micro_batch() -> None:
     """Samples that count unequally, in one micro-batch or in eight."""
-    cases = [
-        Row(name="", ranks=1, layout=ParallelConfig(zero_stage=1), micro_batch_size=size, clip_norm=0.5)
-        for size in (1, 2, 8)
-    ]
-    one, two, eight = (measured(case) for case in cases)
+    one, two, eight = (measured(tiny(micro_batch_size=size)) for size in (1, 2, 8))
     for other in (two, eight):
         assert worst(other["gradient"], one["gradient"])[0] < 2e-6
         assert other["losses"][0] == pytest.approx(one["losses"][0], rel=1e-6)

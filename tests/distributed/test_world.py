@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.world import RankDied, WorldTimeout, run_world
+from launcher.verify.world import RankDied, WorldTimeout, run_world
 
 
 def _sum_of_ranks(offset: int) -> float:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.config import ParallelConfig
-from tests.distributed.layouts import Row, found
-from tests.distributed.world import run_world
+from launcher.verify.measure import Case, found
+from launcher.verify.world import run_world
+from tests.distributed.layouts import tiny
 
 RECORDED = Path(__file__).with_name("losses.json")
 STEPS = 20
@@ -21,26 +21,28 @@ STEPS = 20
 pytestmark = [pytest.mark.distributed, pytest.mark.truth]
 
 
-def losses(dtype: torch.dtype, ranks: int, layout: ParallelConfig) -> list[float]:
+ONE_RANK = tiny(dtype=torch.float64, tied=True, zero_stage=0)
+
+
+def losses(case: Case) -> list[float]:
     """The loss of each step, nats."""
-    row = Row(name="golden", ranks=ranks, layout=layout, dtype=dtype, tied=True)
-    return run_world(found, ranks, row, STEPS)[0]["losses"]
+    return run_world(lambda: found(case, steps=STEPS).losses, case.ranks)[0]
 
 
 def test_float64_gives_the_recorded_losses() -> None:
     recorded = json.loads(RECORDED.read_text())
-    assert losses(torch.float64, 1, ParallelConfig(zero_stage=0)) == pytest.approx(recorded, rel=1e-9)
+    assert losses(ONE_RANK) == pytest.approx(recorded, rel=1e-9)
 
 
 @pytest.mark.parametrize(
     "layout",
-    [ParallelConfig(zero_stage=1), ParallelConfig(tensor=2), ParallelConfig(pipeline=2, virtual_pipeline=2)],
+    [{}, {"tensor": 2}, {"pipeline": 2, "virtual_pipeline": 2}],
     ids=["data", "tensor", "interleaved"],
 )
-def test_fp32_follows_them_in_every_layout(layout: ParallelConfig) -> None:
+def test_fp32_follows_them_in_every_layout(layout: dict[str, int]) -> None:
     recorded = json.loads(RECORDED.read_text())
-    assert losses(torch.float32, 2, layout) == pytest.approx(recorded, rel=1e-4)
+    assert losses(tiny(2, tied=True, **layout)) == pytest.approx(recorded, rel=1e-4)
 
 
 if __name__ == "__main__":
-    RECORDED.write_text(json.dumps(losses(torch.float64, 1, ParallelConfig(zero_stage=0)), indent=2) + "\n")
+    RECORDED.write_text(json.dumps(losses(ONE_RANK), indent=2) + "\n")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from parallel.config import ParallelConfig
-from tests.distributed.layouts import MODEL, SEQUENCE, VOCABULARY, Row, make_engine
-from tests.distributed.world import run_world
+from launcher.verify.measure import engine_of
+from launcher.verify.world import run_world
+from tests.distributed.layouts import MODEL, SEQUENCE, VOCABULARY, tiny
 
 pytestmark = [pytest.mark.distributed, pytest.mark.truth]
 
@@ -43,7 +43,7 @@ def names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def logits_of_both() -> tuple[torch.Tensor, torch.Tensor]:
     """Ours and theirs, [batch, sequence, vocabulary]."""
-    model = make_engine(Row(name="", ranks=1, layout=ParallelConfig(zero_stage=0))).updater.module.chunks[0]
+    model = engine_of(tiny(zero_stage=0)).updater.module.chunks[0]
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=MODEL.hidden_size,

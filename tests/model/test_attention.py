@@ -6,18 +6,48 @@ from itertools import pairwise
 import pytest
 import torch
 
-from model.attention import RotaryTable, document_lengths, rotate
-from parallel.config import ParallelConfig
-from tests.distributed.layouts import Row, batch, make_engine
-from tests.distributed.world import run_world
+from launcher.verify.measure import batch_of, engine_of
+from launcher.verify.world import run_world
+from model.attention import RotaryTable, find_pieces, rotate
+from model.layer_context import Pieces
+from tests.distributed.layouts import tiny
 
 pytestmark = pytest.mark.truth
 
 
-def test_document_lengths() -> None:
-    assert document_lengths(torch.zeros(3, 5, dtype=torch.int32)) is None
+def test_the_pieces_are_the_documents() -> None:
+    assert find_pieces(torch.zeros(3, 5, dtype=torch.int32), [(0, 5)]) is None
     ids = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0], [0, 1, 1, 1, 2]], dtype=torch.int32)
-    assert document_lengths(ids) == [2, 3, 5, 1, 3, 1]
+    found = find_pieces(ids, [(0, 5)])
+    assert found is not None
+    assert found.documents == [2, 3, 5, 1, 3, 1]
+    assert found.queries == [(length, index, length) for index, length in enumerate(found.documents)]
+
+
+def seen_by_each_query(pieces: Pieces) -> list[list[int]]:
+    """Which tokens of the flattened batch each query may attend to, by brute force."""
+    starts = [sum(pieces.documents[:index]) for index in range(len(pieces.documents))]
+    return [
+        list(range(starts[document], starts[document] + keys - length + number + 1))
+        for length, document, keys in pieces.queries
+        for number in range(length)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_pieces_of_two_chunks_see_their_documents_up_to_themselves(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ids = (torch.rand(3, 16, generator=generator) < 0.2).cumsum(dim=1).int()
+    for chunks in ([(0, 4), (12, 16)], [(4, 8), (8, 12)]):
+        pieces = find_pieces(ids, chunks)
+        assert pieces is not None
+        expected = [
+            [row * 16 + other for other in range(place + 1) if ids[row, other] == ids[row, place]]
+            for row in range(3)
+            for first, last in chunks
+            for place in range(first, last)
+        ]
+        assert seen_by_each_query(pieces) == expected
 
 
 def test_rotation_turns_each_pair_by_its_angle() -> None:
@@ -33,10 +63,11 @@ def test_rotation_turns_each_pair_by_its_angle() -> None:
 
 def attention_of_a_model() -> tuple[float, bool]:
     """The largest difference to a dense mask, and whether another document's text left the logits alone."""
-    engine = make_engine(Row(name="", ranks=1, layout=ParallelConfig(zero_stage=0), dtype=torch.float64))
+    case = tiny(zero_stage=0, dtype=torch.float64)
+    engine = engine_of(case)
     model = engine.updater.module.chunks[0]
     attention = model.decoder.layers[0].self_attention.core_attention
-    inputs = batch(1)
+    inputs = batch_of(case, 1, engine.topology)
     seen = {}
 
     def look(_module: torch.nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:

@@ -1,12 +1,14 @@
 """Parameter counts equal the published ones, and those of the modules that are really built."""
 
+from dataclasses import replace
+
 import pytest
 
-from model.config import ModelConfig
+from launcher.verify.measure import engine_of
+from launcher.verify.world import run_world
+from model.config import ModelConfig, MoeConfig
 from model.size import flops_per_token, parameter_count
-from parallel.config import ParallelConfig
-from tests.distributed.layouts import MODEL, VOCABULARY, Row, make_engine
-from tests.distributed.world import run_world
+from tests.distributed.layouts import MODEL, VOCABULARY, tiny
 
 LLAMA_3_8B = ModelConfig(layers=32, hidden_size=4096, heads=32, kv_heads=8, ffn_hidden_size=14336)
 
@@ -15,11 +17,34 @@ def test_the_published_count_of_llama_3_8b() -> None:
     assert parameter_count(LLAMA_3_8B, 128256) == 8_030_261_248
 
 
+MIXTRAL_8X7B = ModelConfig(
+    layers=32, hidden_size=4096, heads=32, kv_heads=8, ffn_hidden_size=14336, moe=MoeConfig(experts=8, top_k=2)
+)
+
+
+def test_the_published_counts_of_a_mixture() -> None:
+    """46.7 B parameters in all; a token passes 12.9 B, of which the input embedding computes nothing."""
+    assert parameter_count(MIXTRAL_8X7B, 32000) == 46_702_792_704
+    active = flops_per_token(MIXTRAL_8X7B, 32000, 0, causal=True) / 6 + 32000 * 4096
+    assert round(active / 1e9, 1) == 12.9
+
+
 @pytest.mark.distributed
-def test_the_count_is_what_is_built() -> None:
-    row = Row(name="", ranks=1, layout=ParallelConfig(zero_stage=0))
-    (built,) = run_world(lambda: sum(local.shape.numel() for local in make_engine(row).parameters), 1)
-    assert built == parameter_count(MODEL, VOCABULARY)
+@pytest.mark.parametrize(
+    "model",
+    [
+        MODEL,
+        replace(MODEL, attention_bias=True, qk_norm=True),
+        replace(MODEL, linear_bias=True, tie_embeddings=True),
+        replace(MODEL, moe=MoeConfig(experts=4, ffn_hidden_size=16, shared_ffn_hidden_size=8, first_layer=1)),
+    ],
+    ids=["plain", "attention-bias-and-qk-norm", "bias-and-tied", "experts"],
+)
+def test_the_count_is_what_is_built(model: ModelConfig) -> None:
+    case = tiny(zero_stage=0)
+    case = replace(case, config=replace(case.config, model=model))
+    (built,) = run_world(lambda: sum(local.shape.numel() for local in engine_of(case).parameters), 1)
+    assert built == parameter_count(model, VOCABULARY)
 
 
 def test_flops_by_hand() -> None:

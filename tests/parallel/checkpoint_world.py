@@ -8,10 +8,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from parallel.checkpoint.agreement import agreed
+from launcher.verify.world import run_world
 from parallel.checkpoint.checkpoints import Checkpoints
-from parallel.checkpoint.fence import Fence, claim
-from tests.distributed.world import run_world
 
 ROWS, COLUMNS, LAYERS = 8, 6, 4
 

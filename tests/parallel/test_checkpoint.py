@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from launcher.verify.world import run_world
 from parallel.checkpoint.manifest import Manifest
 from parallel.common.errors import UserError
-from tests.distributed.world import run_world
 from tests.parallel.checkpoint_world import Counter, Weights, checkpoints, load, save, saved
 
 pytestmark = pytest.mark.distributed

@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from launcher.verify.world import RankDied, run_world
 from parallel.checkpoint.manifest import FileRecord, Manifest
 from parallel.common.errors import UserError
 from parallel.common.files import hash_file
-from tests.distributed.world import RankDied, run_world
 from tests.parallel.checkpoint_world import checkpoints, load, save, saved, with_fault
 
 pytestmark = pytest.mark.distributed

@@ -1,14 +1,14 @@
-"""Gloo worlds for tests: a function on N ranks for 0.2 seconds.
+"""Gloo worlds on this machine: a function on N ranks for 0.2 seconds.
 
-Idea: the ranks are forked from the pytest process, which has imported torch, megatron-core and DeepSpeed once (7
-seconds; by spawn each rank would pay for it again). They meet through a file, so that no port can be taken.
+Idea: the ranks are forked from a parent that has imported torch, megatron-core and DeepSpeed once (7 seconds; by spawn
+each rank would pay for it again). They meet through a file, so that no port can be taken.
 
-Contract: a world ends. A rank that raises has its exception raised in the test with the rank's traceback as a note; a
+Contract: a world ends. A rank that raises has its exception raised here with the rank's traceback as a note; a
 rank that dies is a `RankDied`; a world that is not done after `seconds` is a `WorldTimeout` with the stack of every
 rank that was stuck. No process outlives the call, and none is ended but by its own id.
 
 Trade-off: a fork copies the parent's threads' locks but not its threads. So the parent must not have run OpenMP
-regions with several threads (tests/conftest.py sets OMP_NUM_THREADS=1) nor hold a process group itself.
+regions with several threads (`bloomery verify` and the tests set OMP_NUM_THREADS=1) nor hold a process group itself.
 """
 
 import faulthandler

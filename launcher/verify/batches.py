@@ -1,0 +1,71 @@
+"""Synthetic batches that make a wrong layout show: the same for every layout, a function of the step alone.
+
+Rows hold one, two and three documents; their borders lie where no cut of the sequence does, so every cut goes through a
+document. Rows, steps and so micro-batches and ranks count unequally many tokens. Each of these properties can be taken
+away, which tells a diagnosis whether a failure needs it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from launcher.config import RunConfig
+from parallel.topology import Topology
+
+_BORDERS = (5 / 16, 11 / 16)
+"""Where documents end, as shares of a sequence: 2 x context parts of equal length have no cut there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traits:
+    """What makes a batch harder than random tokens in equal rows."""
+
+    packed: bool = True
+    """Several documents in some rows."""
+    positioned: bool = True
+    """Positions count up within a document; otherwise all are zero."""
+    unequal: bool = True
+    """Rows whose tokens do not all count."""
+
+
+def synthetic_batch(config: RunConfig, step: int, traits: Traits) -> dict[str, Tensor]:
+    """The global batch of a step (INTERFACES, "A batch"): tensors of [train.global_batch_size, train.sequence_length].
+
+    Token ids lie below model.vocabulary_size, which is given.
+    """
+    samples, sequence = config.train.global_batch_size, config.train.sequence_length
+    vocabulary = config.model.vocabulary_size
+    assert vocabulary is not None
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, vocabulary, (samples, sequence + 1), generator=generator)
+    document_ids = torch.zeros(samples, sequence, dtype=torch.int32)
+    positions = torch.arange(sequence).repeat(samples, 1)
+    if traits.packed:
+        first, second = (int(sequence * share) for share in _BORDERS)
+        document_ids[1::2, first:] = 1
+        document_ids[1::4, second:] = 2
+        positions[1::2, first:] -= first
+        positions[1::4, second:] -= second - first
+    weights = torch.ones(samples, sequence)
+    if traits.unequal:
+        weights[:, : step % 3] = 0
+        weights[-1, sequence // 4 :] = 0
+    return {
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "loss_weights": weights,
+        "positions": positions if traits.positioned else torch.zeros_like(positions),
+        "document_ids": document_ids,
+        "sample_ids": torch.arange(samples) + step * samples,
+    }
+
+
+def slice_of(batch: Mapping[str, Tensor], topology: Topology) -> dict[str, Tensor]:
+    """This data-parallel rank's contiguous part of a global batch."""
+    samples = len(batch["tokens"])
+    assert samples % topology.data_parallel_size == 0
+    share = samples // topology.data_parallel_size
+    first = topology.data_parallel_rank * share
+    return {name: tensor[first : first + share] for name, tensor in batch.items()}

@@ -1,0 +1,118 @@
+"""What a model in a layout computes, in terms that do not depend on the layout.
+
+`found` runs on each rank of a world: it takes steps and keeps every shard of every gradient, then of what the optimizer
+holds. The names are global names, so that two layouts are compared parameter by parameter (launcher/verify/compare.py).
+
+A world of one rank can be led: before each update its gradients are replaced by those that another layout found. So it
+compares every step's gradients at the same weights, and every weight and moment after the same gradients; Adam's first
+step is almost the sign of a gradient, and makes a rounding error of a tiny one a step of full size.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from launcher.assemble import make_engine
+from launcher.config import RunConfig
+from launcher.verify.batches import Traits, slice_of, synthetic_batch
+from model.objectives import causal_language_modelling
+from parallel.engine import Engine
+from parallel.optimizer import Kind
+from parallel.parameters import LocalParameter
+from parallel.topology import Topology
+
+Shards = list[tuple[Any, np.ndarray]]
+"""megatron-core's descriptions of shards (global name, shape, offset), each with its values in float64."""
+
+_EVALUATED_STEP = 99
+"""The step whose batch is evaluated; no step that is trained."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """A model in a layout."""
+
+    config: RunConfig
+    """Tiny, with model.vocabulary_size; train.global_batch_size is that of a step, over all ranks."""
+    ranks: int
+    dtype: torch.dtype = torch.float32
+    traits: Traits = field(default_factory=Traits)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What one rank saw."""
+
+    evaluated: float
+    """Loss of a batch of its own, before the first step."""
+    losses: list[float]
+    norms: list[float]
+    """Global gradient norms before clipping."""
+    gradients: list[Shards]
+    """Of each step, reduced, before clipping."""
+    state: dict[Kind, Shards]
+    """After the last step."""
+
+
+def engine_of(case: Case) -> Engine:
+    """The engine of a case on this rank, as `bloomery train` would make it."""
+    vocabulary = case.config.model.vocabulary_size
+    assert vocabulary is not None
+    return make_engine(
+        case.config,
+        vocabulary_size=vocabulary,
+        topology=Topology.create(case.config.parallel),
+        objective=causal_language_modelling,
+        dtype=case.dtype,
+    )
+
+
+def batch_of(case: Case, step: int, topology: Topology) -> dict[str, Tensor]:
+    """This rank's part of the global batch of a step."""
+    return slice_of(synthetic_batch(case.config, step, case.traits), topology)
+
+
+def found(case: Case, *, steps: int, led_by: Sequence[Mapping[str, np.ndarray]] | None = None) -> Found:
+    """Takes `steps` steps on this rank of a world; led by the whole gradients of each step, if given (stage 0 only)."""
+    engine = engine_of(case)
+    evaluated = float(engine.evaluate(batch_of(case, _EVALUATED_STEP, engine.topology)).loss)
+    gradients: list[Shards] = []
+    losses, norms = [], []
+    update = engine.updater.step
+
+    def look_then_update(learning_rate: float) -> Tensor:
+        gradients.append(_shards(engine, engine.updater.gradient))
+        if led_by is not None:
+            _replace(engine, led_by[len(gradients) - 1])
+        return update(learning_rate)
+
+    engine.updater.step = look_then_update  # type: ignore[method-assign]
+    for step in range(steps):
+        result = engine.step(batch_of(case, step, engine.topology))
+        losses.append(float(result.loss))
+        norms.append(float(result.grad_norm))
+    state = {kind: _shards(engine, lambda local, kind=kind: engine.updater.get(local, kind)) for kind in Kind}
+    return Found(evaluated=evaluated, losses=losses, norms=norms, gradients=gradients, state=state)
+
+
+def _shards(engine: Engine, value: Callable[[LocalParameter], Tensor]) -> Shards:
+    """Every shard that this rank holds of what `value` gives for its parameters; all ranks call this together."""
+    shards: Shards = []
+    for local in engine.parameters:
+        whole = value(local)
+        shards.extend((shard.description, shard.of(whole).double().numpy().copy()) for shard in local.shards)
+    return shards
+
+
+@torch.no_grad()
+def _replace(engine: Engine, gradients: Mapping[str, np.ndarray]) -> None:
+    for local in engine.parameters:
+        own = engine.updater.gradient(local)
+        for shard in local.shards:
+            described = shard.description
+            given = gradients[described.key][described.global_slice()]
+            shard.of(own).copy_(torch.from_numpy(given).view(described.local_shape))
