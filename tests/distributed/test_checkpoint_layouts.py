@@ -16,6 +16,7 @@ from launcher.verify.compare import whole
 from launcher.verify.measure import Case, batch_of, engine_of
 from launcher.verify.world import run_world
 from parallel.checkpoint.checkpoints import Checkpoints
+from parallel.checkpoint.fence import Fence
 from parallel.engine import Engine
 from tests.distributed.layouts import tiny
 
@@ -44,7 +45,8 @@ def _case(name: str, dtype: torch.dtype) -> Case:
 
 
 def _checkpoints(root: Path) -> Checkpoints:
-    return Checkpoints(root, keep=3, attempt="test", layout={}, config={})
+    fence = Fence(attempt="test", holder=lambda: "test")
+    return Checkpoints(root, keep=3, fence=fence, layout={}, config={})
 
 
 def _view(engine: Engine) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from launcher.verify.world import run_world
+from parallel.checkpoint.agreement import agreed
 from parallel.checkpoint.checkpoints import Checkpoints
+from parallel.checkpoint.fence import Fence, claim
 
 ROWS, COLUMNS, LAYERS = 8, 6, 4
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from launcher.verify.world import run_world
 from parallel.checkpoint.checkpoints import Checkpoints
 from parallel.checkpoint.fence import Fence, claim
 from parallel.common.errors import UserError
-from tests.distributed.world import run_world
 from tests.parallel.checkpoint_world import Counter, Weights
 
 pytestmark = pytest.mark.distributed
