@@ -83,6 +83,7 @@ class Meter:
             "samples": progress.samples,
             "learning_rate": result.learning_rate,
             "grad_norm": grad_norm,
+            **{name: float(value) for name, value in result.metrics.items()},
             "tokens_per_second": rate,
             **{name: None if share is None else rate * share for name, share in self._flops_share.items()},
             "memory_bytes": self._memory_bytes(),
@@ -110,7 +111,7 @@ class Meter:
 
     def _batch_hash(self, sample_ids: Tensor) -> str:
         """Hash of the ids of the global batch: the same for every layout."""
-        group = self._topology.data_parallel_group
+        group = self._topology.groups.dp
         mine = sample_ids.to(self._topology.device)
         slices = [torch.empty_like(mine) for _ in range(group.size())]
         dist.all_gather(slices, mine, group=group)

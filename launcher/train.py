@@ -27,6 +27,7 @@ from parallel.checkpoint.fence import claim
 from parallel.common.units import format_count
 from parallel.engine import StepResult
 
+_DEGREES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "data")
 REQUEUE = 75
 INTERRUPTED = 130
 
@@ -37,7 +38,7 @@ def train(parts: Parts, records: Records) -> None:
     """Takes the steps that remain, or those until the ranks agree to stop."""
     parts.meter.begin(parts.progress)
     for step in parts.progress.remaining():
-        batch = parts.meter.timed("data", parts.loader.next_batch)
+        batch = parts.meter.timed("data", parts.batches.next)
         result = parts.engine.step(batch)
         stop = parts.preempt.agreed()
         parts.progress.advance()
@@ -107,9 +108,7 @@ def _introduce(config: RunConfig, parts: Parts, newest: Path | None) -> None:
 
 def described(layout: Mapping[str, Any], device: str) -> str:
     """`4 ranks on cpu: tensor 2, data 2, ZeRO stage 1`; degrees of 1 are left out."""
-    degrees = [
-        f"{name} {layout[name]}" for name in ("tensor", "pipeline", "virtual_pipeline", "data") if layout[name] > 1
-    ]
+    degrees = [f"{name} {layout[name]}" for name in _DEGREES if layout[name] > 1]
     ranks = f"{layout['world_size']} rank{'s' if layout['world_size'] > 1 else ''} on {device}"
     return f"{ranks}: {', '.join([*degrees, f'ZeRO stage {layout["zero_stage"]}'])}"
 
