@@ -12,6 +12,7 @@ The trade-off: one kernel launch a document. Rotary positions are applied here, 
 because they restart at each document, so they differ from row to row.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from model.config import RopeScalingConfig
 from model.layer_context import LayerContext, Pieces
 from parallel.context import ContextParallel
 
@@ -53,18 +55,38 @@ def find_pieces(document_ids: Tensor, chunks: Sequence[tuple[int, int]]) -> Piec
     return Pieces(documents=documents, queries=queries)
 
 
+def frequencies(*, head_size: int, base: float, scaling: RopeScalingConfig) -> Tensor:
+    """Radians per position of each pair of channels, [head_size / 2] float64."""
+    plain = base ** -(torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+    if scaling.factor == 1:
+        return plain
+    waves = scaling.original_positions * plain / (2 * math.pi)  # of each pair in the original length
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = ((waves - low) / (high - low)).clamp(0, 1)  # 1 for short waves, 0 for long ones
+    return plain * (kept + (1 - kept) / scaling.factor)
+
+
 class RotaryTable(torch.nn.Module):
     """Cosines and sines of every position up to the sequence length, looked up by position.
 
-    Source: Su et al., 2021, arXiv:2104.09864; the halves of a head rotate against each other, as in Llama.
+    Source: Su et al., 2021, arXiv:2104.09864; the halves of a head rotate against each other, as in Llama. The
+    stretching of long waves: Grattafiori et al., 2024, arXiv:2407.21783.
     """
 
     table: Tensor
 
-    def __init__(self, *, head_size: int, base: float, sequence_length: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        *,
+        head_size: int,
+        base: float,
+        sequence_length: int,
+        dtype: torch.dtype,
+        scaling: RopeScalingConfig | None = None,
+    ) -> None:
         super().__init__()
-        exponents = torch.arange(0, head_size, 2, dtype=torch.float64) / head_size
-        angles = torch.arange(sequence_length, dtype=torch.float64)[:, None] * base**-exponents
+        radians = frequencies(head_size=head_size, base=base, scaling=scaling or RopeScalingConfig())
+        angles = torch.arange(sequence_length, dtype=torch.float64)[:, None] * radians
         cosine, sine = angles.cos(), angles.sin()
         table = torch.stack((torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)))
         self.register_buffer("table", table.to(dtype), persistent=False)  # [2, sequence, head_size]
@@ -98,6 +120,7 @@ class DocumentAttention(MegatronModule):
         assert pg_collection is not None
         group = pg_collection.cp
         self.context = ContextParallel(rank=group.rank(), size=group.size(), group=group)
+        self.window = config.window_size[0] + 1 if config.window_size is not None else None
         self.grouped = config.num_query_groups != config.num_attention_heads
 
     def forward(
@@ -113,8 +136,8 @@ class DocumentAttention(MegatronModule):
     ) -> Tensor:
         """[sequence, batch, heads, head_size], fewer heads in key and value -> [sequence, batch, hidden]."""
         tokens = packed_seq_params
-        query = rotate(query, tokens.cosine, tokens.sine)
-        key = rotate(key, tokens.cosine, tokens.sine)
+        if tokens.rotation is not None:
+            query, key = rotate(query, *tokens.rotation), rotate(key, *tokens.rotation)
         if tokens.pieces is None:
             attended = self._attend(*(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)))
             return attended.permute(2, 0, 1, 3).flatten(2)
@@ -137,7 +160,17 @@ class DocumentAttention(MegatronModule):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[batch, heads, length, head_size], keys of the same or a greater length that ends where the queries end."""
-        if query.shape[2] == key.shape[2]:
+        length, seen = query.shape[2], key.shape[2]
+        if length == seen and (self.window is None or seen <= self.window):
             return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
-        mask = causal_lower_right(query.shape[2], key.shape[2])
+        if self.window is None or seen <= self.window:
+            mask = causal_lower_right(length, seen)
+        else:
+            mask = _band(length, seen, self.window, query.device)
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=self.grouped)
+
+
+def _band(length: int, seen: int, window: int, device: torch.device) -> Tensor:
+    """Which of `seen` keys each of the last `length` tokens attends to: itself and the window - 1 before it."""
+    back = torch.arange(seen - length, seen, device=device)[:, None] - torch.arange(seen, device=device)
+    return (back >= 0) & (back < window)

@@ -6,15 +6,16 @@ the same description that checkpoints use.
 """
 
 import math
+from functools import partial
 
 import torch
 import xxhash
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
-from model.config import ModelConfig
+from model.config import Activation, ModelConfig, Norm
 from model.language_model import CausalLanguageModel
 from parallel.config import Recompute
 from parallel.cpu import has_gpu
@@ -35,16 +36,17 @@ def transformer_config(config: ModelConfig, *, dtype: torch.dtype, topology: Top
         num_query_groups=config.kv_heads or config.heads,
         kv_channels=config.head_size or config.hidden_size // config.heads,
         ffn_hidden_size=config.ffn_hidden_size,
-        normalization="RMSNorm",
+        normalization="RMSNorm" if config.norm is Norm.rms else "LayerNorm",
         layernorm_epsilon=config.norm_eps,
-        gated_linear_unit=True,
-        activation_func=silu,
+        gated_linear_unit=config.activation is not Activation.gelu,
+        activation_func=silu if config.activation is Activation.swiglu else partial(gelu, approximate="tanh"),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         add_bias_linear=config.linear_bias,
         add_qkv_bias=config.attention_bias,
         qk_layernorm=config.qk_norm,
         hidden_dropout=config.dropout,
+        window_size=(config.sliding_window - 1, 0) if config.sliding_window else None,
         attention_dropout=0.0,
         num_moe_experts=moe.experts or None,
         moe_router_topk=moe.top_k,

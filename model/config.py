@@ -7,9 +7,56 @@ from omegaconf import MISSING
 
 
 class FamilyName(StrEnum):
-    """Model families, each in a file of its own."""
+    """Whose names the weights have in Hugging Face's format (model/hf/)."""
 
+    gpt2 = "gpt2"
     llama = "llama"
+    mistral = "mistral"
+    mixtral = "mixtral"
+    qwen2 = "qwen2"
+    qwen3 = "qwen3"
+
+
+class Norm(StrEnum):
+    """Normalisation before attention, before the MLP and at the end."""
+
+    rms = "rms"
+    """Root mean square, a weight (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
+    layer = "layer"
+    """Mean and variance, a weight and a bias (Ba et al., 2016, arXiv:1607.06450)."""
+
+
+class Activation(StrEnum):
+    """What the MLP does between its matrices."""
+
+    swiglu = "swiglu"
+    """One half times the SiLU of the other (Shazeer, 2020, arXiv:2002.05202)."""
+    geglu = "geglu"
+    """One half times the GELU of the other."""
+    gelu = "gelu"
+    """GELU in its tanh approximation, no gate (GPT-2)."""
+
+
+class Position(StrEnum):
+    """How a token knows its place in its document."""
+
+    rope = "rope"
+    learned = "learned"
+    """A table of embeddings, added to the tokens' (GPT-2)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScalingConfig:
+    """Llama 3.1's stretching of rotary positions: long waves get `factor` times longer, short ones stay."""
+
+    factor: float = 1.0
+    """1: nothing is stretched."""
+    low_frequency_factor: float = 1.0
+    """Waves longer than original_positions / this are stretched whole."""
+    high_frequency_factor: float = 4.0
+    """Waves shorter than original_positions / this stay; between the two it goes smoothly."""
+    original_positions: int = 8192
+    """Length of the sequences that the model was trained on before."""
 
 
 class Dispatcher(StrEnum):
@@ -47,7 +94,7 @@ class MoeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A causal Transformer: pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+    """A causal Transformer, pre-norm; by default a Llama: RMSNorm, rotary positions, grouped queries, SwiGLU."""
 
     family: FamilyName = FamilyName.llama
     layers: int = MISSING
@@ -62,6 +109,13 @@ class ModelConfig:
     """Width of one head; by default hidden_size / heads."""
     ffn_hidden_size: int = MISSING
     """Inner width of the MLP."""
+    activation: Activation = Activation.swiglu
+    norm: Norm = Norm.rms
+    position: Position = Position.rope
+    positions: int | None = None
+    """Rows of the table of learned positions; by default train.sequence_length."""
+    sliding_window: int | None = None
+    """How many tokens back attention reaches, its own included (Mistral); by default to the document's start."""
     attention_bias: bool = False
     """Biases in the query, key and value projections (Qwen2)."""
     linear_bias: bool = False
@@ -72,9 +126,10 @@ class ModelConfig:
     """Share of elements dropped after the embedding and after each attention and MLP; the same ones in every layout."""
     moe: MoeConfig = field(default_factory=MoeConfig)
     norm_eps: float = 1e-5
-    """Added to the mean square inside RMSNorm."""
+    """Added to the mean square, or to the variance, inside the norms."""
     rope_base: float = 10000.0
     """Base period of the rotary positions."""
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     tie_embeddings: bool = False
     """Use the input embedding as the output layer's weight too."""
     vocabulary_size: int | None = None

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from model.attention import RotaryTable, find_pieces
-from model.config import ModelConfig
+from model.config import ModelConfig, Position
 from model.dropout import drop, token_keys
 from model.layer_context import LayerContext
 from model.moe import summary, take_sums
@@ -39,26 +39,30 @@ class CausalLanguageModel(HybridModel):
             layer_config,
             hybrid_stack_spec=transformer_stack(config),
             vocab_size=vocabulary_size,
-            max_sequence_length=sequence_length,
+            max_sequence_length=config.positions or sequence_length,
             hybrid_layer_pattern=layer_pattern(config, split),
             pre_process=topology.is_first_pipeline_stage and chunk == 0,
             post_process=topology.is_last_pipeline_stage and chunk == layout.virtual_pipeline - 1,
             share_embeddings_and_output_weights=config.tie_embeddings,
-            position_embedding_type="none",
+            position_embedding_type="learned_absolute" if config.position is Position.learned else "none",
             pg_collection=topology.groups,
             vp_stage=chunk if layout.virtual_pipeline > 1 else None,
         )
         if self.pre_process:
             self.embedding.embedding_dropout = torch.nn.Dropout(0.0)  # ours follows in `forward`
+            self.embedding.to(layer_config.params_dtype)  # the table of positions is made in float32
         self.description = config
         self.topology = topology
         self.seed = seed
-        self.rotary = RotaryTable(
-            head_size=config.head_size or config.hidden_size // config.heads,
-            base=config.rope_base,
-            sequence_length=sequence_length,
-            dtype=layer_config.params_dtype,
-        )
+        self.rotary = None
+        if config.position is Position.rope:
+            self.rotary = RotaryTable(
+                head_size=config.head_size or config.hidden_size // config.heads,
+                base=config.rope_base,
+                scaling=config.rope_scaling,
+                sequence_length=sequence_length,
+                dtype=layer_config.params_dtype,
+            )
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """A batch (INTERFACES, cut by `ContextParallel.cut`), on the CPU or the device: `tokens` and `positions`
@@ -72,8 +76,9 @@ class CausalLanguageModel(HybridModel):
         context = self._context(batch)
         hidden = None
         if self.pre_process:
-            tokens = batch["tokens"].to(self.rotary.table.device, non_blocking=True)
-            hidden = self.embedding(input_ids=tokens, position_ids=None)
+            device = self.topology.device
+            tokens = batch["tokens"].to(device, non_blocking=True)
+            hidden = self.embedding(input_ids=tokens, position_ids=batch["positions"].to(device, non_blocking=True))
             if context.dropout_keys is not None:
                 hidden = drop(hidden, context.dropout_keys, stream=0, share=self.description.dropout)
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=context)
@@ -84,9 +89,10 @@ class CausalLanguageModel(HybridModel):
         return logits
 
     def _context(self, batch: dict[str, Tensor]) -> LayerContext:
-        device, held = self.rotary.table.device, self.topology.context
-        cosine, sine = self.rotary(batch["positions"].to(device, non_blocking=True))
-        keys = weights = None
+        device, held = self.topology.device, self.topology.context
+        rotation = keys = weights = None
+        if self.rotary is not None:
+            rotation = self.rotary(batch["positions"].to(device, non_blocking=True))
         sequence = batch["document_ids"].shape[1]
         if self.training and self.description.dropout:
             places = held.part(torch.arange(sequence, device=device))
@@ -94,8 +100,7 @@ class CausalLanguageModel(HybridModel):
         if self.training and self.description.moe.experts:
             weights = self._own(batch["loss_weights"].to(device, non_blocking=True).T)
         return LayerContext(
-            cosine=cosine,
-            sine=sine,
+            rotation=rotation,
             pieces=find_pieces(batch["document_ids"].cpu(), held.chunks(sequence)),
             dropout_keys=keys,
             weights=weights,
@@ -113,7 +118,7 @@ class CausalLanguageModel(HybridModel):
         moe = self.description.moe
         if not moe.experts:
             return None
-        return take_sums(self, layers=self.description.layers, experts=moe.experts, device=self.rotary.table.device)
+        return take_sums(self, layers=self.description.layers, experts=moe.experts, device=self.topology.device)
 
     @staticmethod
     def metrics(sums: Tensor, weight: Tensor) -> dict[str, Tensor]:

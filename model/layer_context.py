@@ -25,10 +25,9 @@ class LayerContext:
     """Made once a forward pass, shared by all layers. `sequence` is this rank's part under context parallelism; `own`
     is what it holds between the matrices: sequence / tensor under sequence parallelism, else sequence."""
 
-    cosine: Tensor
-    """[sequence, batch, 1, head_size], of the model's dtype."""
-    sine: Tensor
-    """[sequence, batch, 1, head_size], of the model's dtype; the first half negated."""
+    rotation: tuple[Tensor, Tensor] | None
+    """Cosines and sines of the rotary positions, each [sequence, batch, 1, head_size] of the model's dtype, the first
+    half of the sines negated; None without rotary positions."""
     pieces: Pieces | None
     """None where each row is one document, whole on this rank."""
     dropout_keys: Tensor | None

@@ -22,7 +22,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
-from torch.nn.functional import rms_norm
+from torch.nn.functional import layer_norm, rms_norm
 
 from model.attention import DocumentAttention
 from model.config import ModelConfig
@@ -49,6 +49,28 @@ class RMSNorm(torch.nn.Module):
         return rms_norm(hidden, self.weight.shape, weight, self.eps)
 
 
+class LayerNorm(torch.nn.Module):
+    """Norm by mean and variance; weight and bias are read under sequence parallelism as those of `RMSNorm`."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        self.partial = config.sequence_parallel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[sequence, batch, hidden] -> the same shape."""
+        weight, bias = self.weight, self.bias
+        if self.partial:
+            weight, bias = copy_to_tensor_model_parallel_region(weight), copy_to_tensor_model_parallel_region(bias)
+        return layer_norm(hidden, self.weight.shape, weight, bias, self.eps)
+
+
+def _norm(config: TransformerConfig, hidden_size: int, eps: float) -> RMSNorm | LayerNorm:
+    return (RMSNorm if config.normalization == "RMSNorm" else LayerNorm)(config, hidden_size, eps)
+
+
 class TransformerStack(HybridStack):
     """megatron-core's hybrid stack with our norm at its end; upstream's asks for Transformer Engine's by name."""
 
@@ -56,7 +78,7 @@ class TransformerStack(HybridStack):
         super().__init__(config, submodules, post_layer_norm=False, **options)  # type: ignore[arg-type]
         self.post_layer_norm = self.post_process
         if self.post_process:
-            self.final_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+            self.final_norm = _norm(config, config.hidden_size, config.layernorm_epsilon)
 
 
 class HeadNorm(RMSNorm):
@@ -91,7 +113,7 @@ def _block(config: ModelConfig, mlp: Any) -> ModuleSpec:
     return ModuleSpec(
         module=Block,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=_norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -103,7 +125,7 @@ def _block(config: ModelConfig, mlp: Any) -> ModuleSpec:
                     k_layernorm=head_norm,
                 ),
             ),
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=_norm,
             mlp=mlp,
         ),
     )

@@ -75,7 +75,7 @@ def attention_of_a_model() -> tuple[float, bool]:
 
     attention.register_forward_hook(look, with_kwargs=True)
     logits = model(inputs)
-    query, key = (rotate(seen[name], seen["context"].cosine, seen["context"].sine) for name in "qk")
+    query, key = (rotate(seen[name], *seen["context"].rotation) for name in "qk")
     key, value = (tensor.repeat_interleave(2, dim=2) for tensor in (key, seen["v"]))
     scores = torch.einsum("ibhd,jbhd->bhij", query, key) / math.sqrt(query.shape[-1])
     ids = inputs["document_ids"]

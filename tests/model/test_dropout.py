@@ -51,9 +51,7 @@ def test_what_stays_is_scaled_up() -> None:
 
 def test_evaluation_drops_nothing() -> None:
     residual = Residual(stream=2, share=0.5, sequence_parallel=False)
-    residual.tokens = LayerContext(
-        cosine=torch.ones(1), sine=torch.ones(1), pieces=None, dropout_keys=KEYS, weights=None, loss_factor=None
-    )
+    residual.tokens = LayerContext(rotation=None, pieces=None, dropout_keys=KEYS, weights=None, loss_factor=None)
     change, stream = torch.randn(128, 64, 8), torch.randn(128, 64, 8)
     bias = torch.randn(8)
     torch.testing.assert_close(residual(False, False)((change, bias), stream, 0.5), stream + change + bias)
