@@ -75,23 +75,33 @@ def _splits_to_host(
     return tokens_per_expert
 
 
-def _gather_unequal(part: torch.Tensor, group: ProcessGroup, sizes: Sequence[int] | None, *rest: Any) -> torch.Tensor:
-    """Gathers along the first dimension, `sizes` rows from each rank, by parts padded to the longest."""
-    if sizes is None or group.size() == 1:
-        return _gather(part, group, None, *rest)
-    longest = max(sizes)
+def _gather_unequal(
+    part: torch.Tensor,
+    group: ProcessGroup,
+    output_split_sizes: Sequence[int] | None = None,
+    use_global_buffer: bool = False,
+) -> torch.Tensor:
+    """Gathers along the first dimension, so many rows from each rank, by parts padded to the longest."""
+    if output_split_sizes is None or group.size() == 1:
+        return _gather(part, group, None, use_global_buffer)
+    longest = max(output_split_sizes)
     padded = torch.cat((part, part.new_zeros(longest - len(part), *part.shape[1:])))
-    gathered = _gather(padded, group, None).split(longest)
-    return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
+    gathered = _gather(padded, group).split(longest)
+    return torch.cat([rows[:size] for rows, size in zip(gathered, output_split_sizes, strict=True)])
 
 
-def _scatter_unequal(whole: torch.Tensor, group: ProcessGroup, sizes: Sequence[int] | None, *rest: Any) -> torch.Tensor:
-    """Sums over the ranks and leaves each its `sizes` rows, by a sum of everything."""
-    if sizes is None or group.size() == 1:
-        return _scatter(whole, group, None, *rest)
+def _scatter_unequal(
+    whole: torch.Tensor,
+    group: ProcessGroup,
+    input_split_sizes: Sequence[int] | None = None,
+    use_global_buffer: bool = False,
+) -> torch.Tensor:
+    """Sums over the ranks and leaves each rank its rows, by a sum of everything."""
+    if input_split_sizes is None or group.size() == 1:
+        return _scatter(whole, group, None, use_global_buffer)
     total = whole.clone()
     dist.all_reduce(total, group=group)
-    return total.split(list(sizes))[group.rank()].clone()
+    return total.split(list(input_split_sizes))[group.rank()].clone()
 
 
 def install() -> None:
