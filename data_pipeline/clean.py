@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_pipeline.config import CleanConfig
-from data_pipeline.document import SCHEMA, Group, Parts, PartWriter, map_in_order, text_buffer
+from data_pipeline.document import SCHEMA, Group, Mapper, Parts, PartWriter, map_in_order, text_buffer
 from data_pipeline.progress import Meter
 from data_pipeline.read import DUPLICATE_IDS
 from data_pipeline.report import Tally
@@ -59,7 +59,7 @@ def clean_batch(batch: pa.RecordBatch, settings: CleanConfig) -> Cleaned:
         if (cleaned := text.encode()) != raw:
             changed[row] = cleaned
     if changed:
-        texts = _replaced(data, borders, changed)
+        texts = replaced_texts(data, borders, changed)
     short, long = characters < settings.min_characters, characters > settings.max_characters
     dropped = []
     for row in np.flatnonzero(short | long).tolist():
@@ -72,14 +72,16 @@ def clean_batch(batch: pa.RecordBatch, settings: CleanConfig) -> Cleaned:
     return Cleaned(batch=kept, changed=len(changed), dropped=dropped)
 
 
-def clean_documents(read: Parts, directory: Path, settings: CleanConfig, meter: Meter) -> dict[str, Any]:
+def clean_documents(
+    read: Parts, directory: Path, settings: CleanConfig, meter: Meter, mapper: Mapper = map_in_order
+) -> dict[str, Any]:
     """Cleans all batches that were read; returns counts and groups."""
     repeated = pq.read_table(read.directory / DUPLICATE_IDS).column("row").to_numpy()
     tally = Tally(read.sources)
     writer = PartWriter(directory)
     changed = dict.fromkeys(read.sources, 0)
     work = partial(_clean_group, read, settings, repeated)
-    for group, cleaned in zip(read.groups, map_in_order(work, read.groups), strict=True):
+    for group, cleaned in zip(read.groups, mapper(work, read.groups), strict=True):
         for reason, identifier, size, text in cleaned.dropped:
             tally.drop(group.source, reason, identifier, size, text)
         borders = text_buffer(cleaned.batch.column("text"))[1]
@@ -108,7 +110,7 @@ def _rows_to_look_at(data: NDArray[np.uint8], borders: NDArray[np.int64]) -> lis
     return np.unique(np.searchsorted(borders, places, side="right") - 1).tolist()
 
 
-def _replaced(data: NDArray[np.uint8], borders: NDArray[np.int64], changed: dict[int, bytes]) -> pa.Array:
+def replaced_texts(data: NDArray[np.uint8], borders: NDArray[np.int64], changed: dict[int, bytes]) -> pa.Array:
     """The texts with some rows exchanged."""
     pieces: list[Any] = []
     lengths = np.diff(borders)

@@ -8,9 +8,11 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from data_pipeline.filters.config import FiltersConfig
 from parallel.common.errors import Problem
 
 _NAME = re.compile(r"[\w.-]+")
+_LANGUAGE = re.compile(r"[a-z]{2}|code")
 
 
 class SourceFormat(StrEnum):
@@ -60,6 +62,11 @@ class SourceConfig:
     """Read at most this much text: of a tree, files spread over all of it; else in the order of the file names."""
     document_bytes: int = 65_536
     """A txt file longer than this is cut at empty lines, else at line ends, into such pieces; 0 never cuts."""
+    language: str | None = None
+    """What it is written in: a two-letter code, `zh`, which the language filter then asks for, or `code` for source
+    code, of which rules for prose are not asked."""
+    weight: float | None = None
+    """Its share in the training samples, where `data.mixture` is empty; then every source has one."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -93,13 +100,28 @@ class NearDedupConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DecontaminateConfig:
+    """Documents that hold a stretch of an evaluation file are dropped."""
+
+    files: tuple[str, ...] = ()
+    """Evaluation files (jsonl or txt, plain, .gz or .zst); every text field of a record, or every line, is an item."""
+    ngram: int = 13
+    """Tokens in a stretch (as in near_dedup); shorter items cannot be looked for, and are counted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StagesConfig:
     """The stages between reading and tokenising."""
 
     clean: CleanConfig = field(default_factory=CleanConfig)
+    filters: FiltersConfig = field(default_factory=FiltersConfig)
+    """Quality, repetition, language, length, personal data; all off by default."""
     exact_dedup: bool = True
     """Drop documents whose normalised text was seen before (xxh3-128)."""
     near_dedup: NearDedupConfig = field(default_factory=NearDedupConfig)
+    decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
+    max_dropped_share: float = 0.95
+    """A stage that drops a larger share of a source's documents (100 or more) stops the build; 1 never does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,6 +163,12 @@ class DataConfig:
     mask_documents: bool = True
     """Attention and positions do not cross document borders inside a sequence."""
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The mixture, or the weights of the sources where it is empty; empty where none has one."""
+        given = {source.name: source.weight for source in self.sources if source.weight is not None}
+        return dict(self.mixture) or given
+
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the values for a build; types and required keys are checked before."""
         if not self.sources:
@@ -158,7 +186,17 @@ class DataConfig:
                 yield Problem(key=f"{key}.limit_bytes", got=source.limit_bytes, legal="1 or more, or null for all")
             if source.document_bytes and source.document_bytes < 1024:
                 yield Problem(key=f"{key}.document_bytes", got=source.document_bytes, legal="1024 or more, or 0")
+            if source.weight is not None and not 0 <= source.weight < float("inf"):
+                yield Problem(key=f"{key}.weight", got=source.weight, legal="a number of 0 or more")
+            if source.language is not None and not _LANGUAGE.fullmatch(source.language):
+                yield Problem(key=f"{key}.language", got=source.language, legal="a code such as en or zh, or code")
             yield from _dataset_problems(key, source)
+        weighted = [source.name for source in self.sources if source.weight is not None]
+        if weighted and len(weighted) < len(self.sources):
+            yield Problem(
+                key="data.sources", got=f"a weight at {', '.join(weighted)} only", legal="one at every source"
+            )
+        yield from self.stages.filters.problems("data.stages.filters")
         clean, near = self.stages.clean, self.stages.near_dedup
         ranges = (
             ("stages.clean.min_characters", clean.min_characters, 0, clean.max_characters),
@@ -166,6 +204,8 @@ class DataConfig:
             ("stages.near_dedup.ngram", near.ngram, 1, 100),
             ("stages.near_dedup.bands", near.bands, 1, 1000),
             ("stages.near_dedup.rows", near.rows, 1, 100),
+            ("stages.decontaminate.ngram", self.stages.decontaminate.ngram, 1, 100),
+            ("stages.max_dropped_share", self.stages.max_dropped_share, 0, 1),
             ("validation.share", self.validation.share, 0, 0.5),
             ("tokenizer.sample_bytes", self.tokenizer.sample_bytes, 1, None),
             ("shard_tokens", self.shard_tokens, 1, None),

@@ -1,5 +1,6 @@
 """One line for each stage, made from what the stage left behind: the same words when it runs and when it is reused."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +45,31 @@ def _read(outcome: Mapping[str, Any]) -> str:
 
 def _clean(outcome: Mapping[str, Any]) -> str:
     return f"{kept_and_dropped(outcome['counts'])}; normalised {sum(outcome['changed'].values()):,}"
+
+
+def _filters(outcome: Mapping[str, Any]) -> str:
+    text = kept_and_dropped(outcome["counts"])
+    if outcome["languages"]:
+        total: Counter[str] = Counter()
+        for counts in outcome["languages"].values():
+            total.update(counts)
+        shown = ", ".join(f"{code} {count:,}" for code, count in total.most_common(8))
+        text += f"; languages that came in: {shown}{', others' if len(total) > 8 else ''}"
+    masked: Counter[str] = Counter()
+    for counts in outcome["masked"].values():
+        masked.update(counts)
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(masked.items()))
+    return f"{text}; masked {kinds}" if kinds else text
+
+
+def _decontaminate(outcome: Mapping[str, Any]) -> str:
+    files = outcome["evaluation"]
+    text = kept_and_dropped(outcome["counts"])
+    text += "; " + ", ".join(
+        f"{name}: {facts['met']:,} of {_plural(facts['items'], 'item')} met" for name, facts in files.items()
+    )
+    short = sum(facts["too_short"] for facts in files.values())
+    return f"{text}; {_plural(short, 'item')} shorter than {outcome['ngram']} tokens not looked for" if short else text
 
 
 def _near(outcome: Mapping[str, Any]) -> str:
@@ -103,8 +129,10 @@ def _plural(count: int, noun: str) -> str:
 _LINES = {
     "read": _read,
     "clean": _clean,
+    "filters": _filters,
     "exact": _deduplicated,
     "near": _near,
+    "decontaminate": _decontaminate,
     "split": _split,
     "tokenizer": _tokenizer,
     "store": _store,

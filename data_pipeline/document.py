@@ -5,7 +5,7 @@ every stage's work. Parts stand in the order of the sources in the configuration
 by its row, its position in the concatenation of all parts, and the first of two rows is never of the later source.
 
 Stage functions take a record batch and return one, know nothing of files, and may run in any order on any number of
-threads; `map_in_order` puts their results back in order, so that output never depends on how many there are.
+threads; a `Mapper` puts their results back in order, so that output never depends on how many there are.
 """
 
 import os
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -154,6 +154,12 @@ class Parts:
                 for place, identifier in zip(order[low:high].tolist(), ids, strict=True):
                     found[place] = identifier
         return found
+
+
+class Mapper(Protocol):
+    """Does a stage's work on every batch: `map` whose results come in order, wherever each is computed."""
+
+    def __call__[Item, Result](self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]: ...
 
 
 def workers() -> int:

@@ -14,6 +14,8 @@ from parallel.common.units import format_bytes
 SAMPLES = 3
 """Documents that are shown for each reason of a stage."""
 _SAMPLE_CHARACTERS = 200
+_FEW_DOCUMENTS = 100
+"""A source with fewer is not held to the share that a stage may drop."""
 
 
 class Tally:
@@ -110,3 +112,21 @@ def refuse_empty(stage: str, counts: Mapping[str, Any], *, every_source: bool, h
             lost = dropped(counts, source)
             why = ", ".join(f"{count:,} {reason}" for reason, count in lost.items()) or "nothing came in"
             raise UserError(f"{what} after the stage {stage}: all documents were dropped ({why}){hint}")
+
+
+def refuse_large_loss(stage: str, counts: Mapping[str, Any], most: float) -> None:
+    """Stops a job in which a stage drops nearly all of a source, which nobody may notice otherwise.
+
+    Raises:
+        UserError: more than the share `most` of a source's documents, of 100 or more, was dropped.
+    """
+    for source in counts["sources"]:
+        lost = dropped(counts, source)
+        gone = sum(lost.values())
+        total = gone + kept(counts, source)[0]
+        if total >= _FEW_DOCUMENTS and gone > most * total:
+            why = ", ".join(f"{count:,} {reason}" for reason, count in lost.items())
+            raise UserError(
+                f"the stage {stage} drops {gone:,} of the {total:,} documents of the data source {source} ({why}): "
+                f"more than data.stages.max_dropped_share = {most:g}; mend the source, leave it out or raise the share"
+            )

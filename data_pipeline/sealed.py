@@ -12,7 +12,8 @@ from typing import Any
 
 import xxhash
 
-from data_pipeline.config import DataConfig, SourceConfig, SourceFormat
+from data_pipeline.config import DataConfig, DecontaminateConfig, SourceConfig, SourceFormat
+from data_pipeline.decontaminate import evaluation_fingerprints
 from data_pipeline.read import digest_of
 from data_pipeline.sources import SourceFiles, fingerprint_of_files
 from data_pipeline.stages import Workspace, fingerprint_of
@@ -49,13 +50,17 @@ def settings_of(config: DataConfig) -> dict[str, Any]:
         tokenizer = {
             "vocabulary_size": config.tokenizer.vocabulary_size,
             "sample_bytes": config.tokenizer.sample_bytes,
-            "mixture": dict(config.mixture),
+            "mixture": config.weights,
         }
+    stages = config.stages
     settings = {
         "read": [_read_settings(source) for source in config.sources],
-        "clean": asdict(config.stages.clean),
-        "exact": {"enabled": config.stages.exact_dedup},
-        "near": asdict(config.stages.near_dedup),
+        "clean": asdict(stages.clean),
+        # What is switched off leaves no trace: stores of older versions stay what they are.
+        **({"filters": _filter_settings(config)} if stages.filters.enabled else {}),
+        "exact": {"enabled": stages.exact_dedup},
+        "near": asdict(stages.near_dedup),
+        **({"decontaminate": _decontaminate_settings(stages.decontaminate)} if stages.decontaminate.files else {}),
         "split": {"share": config.validation.share},
         "tokenizer": tokenizer,
         "store": {"shard_tokens": config.shard_tokens},
@@ -64,9 +69,20 @@ def settings_of(config: DataConfig) -> dict[str, Any]:
 
 
 def _read_settings(source: SourceConfig) -> dict[str, Any]:
-    """Split and subset say something of Hugging Face datasets only."""
-    left_out = {"path"} if source.format is SourceFormat.datasets else {"path", "split", "subset"}
+    """Split and subset say something of Hugging Face datasets only; language and weight matter to other stages."""
+    left_out = {"path", "language", "weight"}
+    left_out |= set() if source.format is SourceFormat.datasets else {"split", "subset"}
     return {name: value for name, value in asdict(source).items() if name not in left_out}
+
+
+def _filter_settings(config: DataConfig) -> dict[str, Any]:
+    languages = {source.name: source.language for source in config.sources if source.language is not None}
+    return {**asdict(config.stages.filters), "languages": languages}
+
+
+def _decontaminate_settings(settings: DecontaminateConfig) -> dict[str, Any]:
+    names = [Path(file).name for file in settings.files]
+    return {"files": names, "hashes": evaluation_fingerprints(settings), "ngram": settings.ngram}
 
 
 def state_of(sources: Iterable[SourceFiles]) -> str:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.document import Group, Parts, map_in_order, text_buffer
+from data_pipeline.document import Group, Mapper, Parts, map_in_order, text_buffer
 from data_pipeline.progress import Meter
 
 _FILE = "kept.parquet"
@@ -47,14 +47,17 @@ class Kept:
 
 
 def split_documents(
-    parts: Parts, kept: NDArray[np.bool_], share: float, directory: Path, meter: Meter
+    parts: Parts,
+    kept: NDArray[np.bool_],
+    share: float,
+    directory: Path,
+    meter: Meter,
+    mapper: Mapper = map_in_order,
 ) -> dict[str, Any]:
     """Writes the table of what is kept [rows]; returns documents and bytes of each source and split."""
     hashes: list[NDArray[np.uint64]] = []
     sizes: list[NDArray[np.int64]] = []
-    for group, (found, lengths) in zip(
-        parts.groups, map_in_order(partial(_hash_ids, parts), parts.groups), strict=True
-    ):
+    for group, (found, lengths) in zip(parts.groups, mapper(partial(_hash_ids, parts), parts.groups), strict=True):
         chosen = kept[group.first_row : group.first_row + group.rows]
         hashes.append(found[chosen])
         sizes.append(lengths[chosen])

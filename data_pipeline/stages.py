@@ -22,7 +22,17 @@ from parallel.common.errors import UserError
 from parallel.common.files import hash_bytes, sync_directory, write_json
 from parallel.common.units import format_bytes
 
-_VERSIONS = {"read": 1, "clean": 1, "exact": 1, "near": 1, "split": 1, "tokenizer": 1, "store": 1}
+_VERSIONS = {
+    "read": 1,
+    "clean": 1,
+    "filters": 1,
+    "exact": 1,
+    "near": 1,
+    "decontaminate": 1,
+    "split": 1,
+    "tokenizer": 1,
+    "store": 1,
+}
 """Raised with every change of what a stage makes of the same input."""
 _MANIFEST = "manifest.json"
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)

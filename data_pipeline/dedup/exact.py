@@ -15,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.dedup.removed import Removal, count_removed
-from data_pipeline.document import Group, Parts, map_in_order, text_buffer
+from data_pipeline.document import Group, Mapper, Parts, map_in_order, text_buffer
 from data_pipeline.progress import Meter
 
 REASON = "with the text of another"
@@ -30,18 +30,25 @@ def hash_texts(texts: pa.Array) -> NDArray[np.uint64]:
     return np.frombuffer(joined, dtype=np.uint64).reshape(-1, 2)
 
 
-def deduplicate_exactly(parts: Parts, directory: Path, meter: Meter) -> dict[str, Any]:
-    """Writes which documents are removed; returns the counts."""
+def deduplicate_exactly(
+    parts: Parts,
+    directory: Path,
+    meter: Meter,
+    mapper: Mapper = map_in_order,
+    came_in: NDArray[np.bool_] | None = None,
+) -> dict[str, Any]:
+    """Writes which documents are removed of the rows that `came_in` (by default all); returns the counts."""
+    came_in = np.ones(parts.rows, dtype=bool) if came_in is None else came_in
     halves = np.empty((parts.rows, 2), dtype=np.uint64)
     sizes = np.empty(parts.rows, dtype=np.int64)
-    for group, (hashes, lengths) in zip(parts.groups, map_in_order(partial(_hash, parts), parts.groups), strict=True):
+    for group, (hashes, lengths) in zip(parts.groups, mapper(partial(_hash, parts), parts.groups), strict=True):
         rows = slice(group.first_row, group.first_row + group.rows)
         halves[rows], sizes[rows] = hashes, lengths
         meter.advance(group.text_bytes)
-    removed, twins = _repetitions(parts, halves)
+    removed, twins = _repetitions(parts, halves, np.flatnonzero(came_in))
     removal = Removal(row=removed, kept_row=twins, jaccard=np.ones(len(removed)))
     removal.write(directory)
-    return {"counts": count_removed(parts, np.ones(parts.rows, dtype=bool), sizes, removal, REASON)}
+    return {"counts": count_removed(parts, came_in, sizes, removal, REASON)}
 
 
 def _hash(parts: Parts, group: Group) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
@@ -49,9 +56,11 @@ def _hash(parts: Parts, group: Group) -> tuple[NDArray[np.uint64], NDArray[np.in
     return hash_texts(texts), np.diff(text_buffer(texts)[1])
 
 
-def _repetitions(parts: Parts, halves: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows to remove, ascending, and for each the row that is kept for it."""
-    order = np.lexsort((halves[:, 1], halves[:, 0]))
+def _repetitions(
+    parts: Parts, halves: NDArray[np.uint64], rows: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows to remove of those given, ascending, and for each the row that is kept for it."""
+    order = rows[np.lexsort((halves[rows, 1], halves[rows, 0]))]
     same = np.all(halves[order[1:]] == halves[order[:-1]], axis=1)
     # A run of equal texts lies between two places where neighbours differ.
     borders = np.flatnonzero(np.concatenate(([True], ~same, [True])))

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from data_pipeline.config import NearDedupConfig
 from data_pipeline.dedup.removed import Removal, count_removed
 from data_pipeline.dedup.shingles import shingle_sets, sketch
-from data_pipeline.document import Group, Parts, map_in_order, text_buffer
+from data_pipeline.document import Group, Mapper, Parts, map_in_order, text_buffer
 from data_pipeline.progress import Meter
 
 _BUCKET = 128
@@ -47,7 +47,12 @@ class _Buckets:
 
 
 def deduplicate_nearly(
-    parts: Parts, came_in: NDArray[np.bool_], settings: NearDedupConfig, directory: Path, meter: Meter
+    parts: Parts,
+    came_in: NDArray[np.bool_],
+    settings: NearDedupConfig,
+    directory: Path,
+    meter: Meter,
+    mapper: Mapper = map_in_order,
 ) -> dict[str, Any]:
     """Writes which documents are removed of the rows that `came_in`; returns the counts."""
     bands_file = directory / _BANDS_FILE
@@ -58,7 +63,7 @@ def deduplicate_nearly(
     characters = np.zeros(parts.rows, dtype=np.int64)
     sizes = np.zeros(parts.rows, dtype=np.int64)
     work = partial(_sketch_group, parts, came_in, settings)
-    for group, (rows, hashes, letters, lengths) in zip(parts.groups, map_in_order(work, parts.groups), strict=True):
+    for group, (rows, hashes, letters, lengths) in zip(parts.groups, mapper(work, parts.groups), strict=True):
         bands[:, rows] = hashes.T
         characters[rows] = letters
         sizes[group.first_row : group.first_row + group.rows] = lengths
@@ -66,7 +71,7 @@ def deduplicate_nearly(
     buckets = _find_buckets(parts, came_in, characters, bands)
     del bands
     bands_file.unlink()
-    removal = _decide(parts, buckets, settings, directory / _SHINGLES_FILE)
+    removal = _decide(parts, buckets, settings, directory / _SHINGLES_FILE, mapper)
     removal.write(directory)
     reason = f"near-duplicates of a kept one (Jaccard >= {settings.threshold:g})"
     return {
@@ -133,10 +138,10 @@ def _ranks(parts: Parts, rows: NDArray[np.int64], characters: NDArray[np.int64])
     return rank
 
 
-def _decide(parts: Parts, buckets: _Buckets, settings: NearDedupConfig, file: Path) -> Removal:
+def _decide(parts: Parts, buckets: _Buckets, settings: NearDedupConfig, file: Path, mapper: Mapper) -> Removal:
     """Walks the candidates in order; their shingles lie in `file` meanwhile."""
     count = len(buckets.candidates)
-    starts, stops = _write_shingles(parts, buckets.candidates, settings.ngram, file)
+    starts, stops = _write_shingles(parts, buckets.candidates, settings.ngram, file, mapper)
     twin = np.full(count, -1, dtype=np.int64)
     jaccard = np.zeros(count)
     if count:
@@ -164,7 +169,7 @@ def _decide(parts: Parts, buckets: _Buckets, settings: NearDedupConfig, file: Pa
 
 
 def _write_shingles(
-    parts: Parts, candidates: NDArray[np.int64], ngram: int, file: Path
+    parts: Parts, candidates: NDArray[np.int64], ngram: int, file: Path, mapper: Mapper
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Writes the shingle sets of the candidates; returns where each begins and ends, in the candidates' order."""
     place = np.argsort(candidates)
@@ -173,7 +178,7 @@ def _write_shingles(
     written = 0
     groups = [group for group in parts.groups if _between(rows, group)[0] < _between(rows, group)[1]]
     with file.open("wb") as opened:
-        for sets in map_in_order(partial(_collect_group, parts, rows, ngram), groups):
+        for sets in mapper(partial(_collect_group, parts, rows, ngram), groups):
             for shingles in sets:
                 opened.write(shingles.data)
                 lengths[written] = len(shingles)

@@ -233,6 +233,13 @@ def _collect(data, starts, stops, classes, lower, ngram, out, counts):
     return filled
 
 
+@numba.njit(nogil=True, cache=True)
+def _count_tokens(data, starts, stops, classes, lower, tokens_in):
+    room = np.empty(_longest(starts, stops) + 1, np.uint64)
+    for document in range(len(starts)):
+        tokens_in[document] = _hash_tokens(data, starts[document], stops[document], classes, lower, room)
+
+
 def sketch(
     texts: pa.Array, rows: NDArray[np.int64], *, ngram: int, bands: int, rows_per_band: int
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
@@ -245,11 +252,38 @@ def sketch(
     return hashes, given.characters
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShingleLists:
+    """Shingles of some texts, one list each."""
+
+    lists: list[NDArray[np.uint64]]
+    """In the order of the text, repeated ones too."""
+    tokens: NDArray[np.int64]
+    """Tokens of each text, [texts]; a text with fewer than `ngram` has one shingle, the whole of it."""
+
+
+def shingle_lists(texts: pa.Array, rows: NDArray[np.int64], *, ngram: int) -> ShingleLists:
+    """The shingles of each of some rows of a large_string array."""
+    given = _prepare(texts, rows)
+    out, counts = _collected(given, ngram)
+    tokens = counts + ngram - 1
+    one = np.flatnonzero(counts == 1)
+    found = np.empty(len(one), dtype=np.int64)
+    _count_tokens(given.data, given.starts[one], given.stops[one], character_classes(), _lower_table(), found)
+    tokens[one] = found
+    return ShingleLists(lists=np.split(out, np.cumsum(counts)[:-1]), tokens=tokens)
+
+
 def shingle_sets(texts: pa.Array, rows: NDArray[np.int64], *, ngram: int) -> list[NDArray[np.uint64]]:
     """The set of shingles of each of some rows, as sorted arrays without repetition."""
-    given = _prepare(texts, rows)
-    out = np.empty(int((given.stops - given.starts).sum()) + len(rows), dtype=np.uint64)
-    counts = np.empty(len(rows), dtype=np.int64)
+    out, counts = _collected(_prepare(texts, rows), ngram)
+    return [np.unique(part) for part in np.split(out, np.cumsum(counts)[:-1])]
+
+
+def _collected(given: _Prepared, ngram: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """All shingles, text after text, and how many each has."""
+    out = np.empty(int((given.stops - given.starts).sum()) + len(given.starts), dtype=np.uint64)
+    counts = np.empty(len(given.starts), dtype=np.int64)
     tables = character_classes(), _lower_table()
     filled = _collect(given.data, given.starts, given.stops, *tables, ngram, out, counts)
-    return [np.unique(part) for part in np.split(out[:filled], np.cumsum(counts)[:-1])]
+    return out[:filled], counts
