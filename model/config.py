@@ -113,7 +113,8 @@ class ModelConfig:
     norm: Norm = Norm.rms
     position: Position = Position.rope
     positions: int | None = None
-    """Rows of the table of learned positions; by default train.sequence_length."""
+    """Longest sequence that the model is made for: rows of the table of learned positions, and what an export says; by
+    default train.sequence_length."""
     sliding_window: int | None = None
     """How many tokens back attention reaches, its own included (Mistral); by default to the document's start."""
     attention_bias: bool = False
@@ -134,5 +135,7 @@ class ModelConfig:
     """Use the input embedding as the output layer's weight too."""
     vocabulary_size: int | None = None
     """Rows of the embedding, a multiple of 128; by default that of the store's tokenizer."""
+    unpadded_vocabulary_size: int | None = None
+    """Rows of an imported embedding; those behind only fill up to a multiple of 128, and an export leaves them out."""
     initial_std: float = 0.02
     """Standard deviation of initial weights; projections back into the residual stream get it / sqrt(2 x layers)."""

@@ -1,0 +1,105 @@
+"""Llama and those that differ from it by a bias, a norm or a window: Mistral, Qwen2, Qwen3, and Mixtral's experts."""
+
+from collections.abc import Iterator
+
+from model.config import ModelConfig
+from model.hf.pairs import Pair, experts, gated_experts, halves, queries_keys_values, same, vocabulary
+from model.hf.settings import Settings
+
+_FIELDS = {
+    "vocab_size": "vocabulary_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_size",
+    "max_position_embeddings": "positions",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+    "initializer_range": "initial_std",
+}
+_REQUIRED = {"hidden_act": ("silu",)}
+_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+_NO_WINDOW = {"use_sliding_window": (False, None)}  # then `sliding_window` and `layer_types` say nothing more
+
+LLAMA = Settings(
+    architecture="LlamaForCausalLM",
+    fields=_FIELDS,
+    constants={},
+    defaults=_DEFAULTS,
+    required={**_REQUIRED, "attention_bias": (False, None), "mlp_bias": (False, None)},
+)
+MISTRAL = Settings(
+    architecture="MistralForCausalLM",
+    fields={**_FIELDS, "sliding_window": "sliding_window"},
+    constants={},
+    defaults={**_DEFAULTS, "sliding_window": 4096},
+    required=_REQUIRED,
+)
+QWEN2 = Settings(
+    architecture="Qwen2ForCausalLM",
+    fields=_FIELDS,
+    constants={"attention_bias": True},
+    defaults=_DEFAULTS,
+    required={**_REQUIRED, **_NO_WINDOW},
+    no_matter=frozenset({"sliding_window", "layer_types", "use_mrope"}),
+)
+QWEN3 = Settings(
+    architecture="Qwen3ForCausalLM",
+    fields=_FIELDS,
+    constants={"qk_norm": True},
+    defaults={**_DEFAULTS, "head_dim": 128},
+    required={**_REQUIRED, **_NO_WINDOW, "attention_bias": (False, None)},
+    no_matter=frozenset({"sliding_window", "layer_types"}),
+)
+MIXTRAL = Settings(
+    architecture="MixtralForCausalLM",
+    fields={
+        **_FIELDS,
+        "sliding_window": "sliding_window",
+        "num_local_experts": "moe.experts",
+        "num_experts_per_tok": "moe.top_k",
+    },
+    constants={"moe.normalise_top_k": True},
+    defaults={**_DEFAULTS, "rms_norm_eps": 1e-5},
+    required=_REQUIRED,
+)
+
+
+def pairs(config: ModelConfig) -> Iterator[Pair]:
+    """All tensors of a model."""
+    yield vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight", config)
+    for layer in range(config.layers):
+        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        yield from _attention(f"{ours}self_attention.", f"{theirs}self_attn.", config)
+        yield same(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight")
+        yield same(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight")
+        if config.moe.experts:
+            yield from _experts(f"{ours}mlp.", f"{theirs}block_sparse_moe.", config)
+        else:
+            gated = (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight")
+            yield halves(f"{ours}mlp.linear_fc1.weight", gated)
+            yield same(f"{ours}mlp.linear_fc2.weight", f"{theirs}mlp.down_proj.weight")
+    yield same("decoder.final_norm.weight", "model.norm.weight")
+    if not config.tie_embeddings:
+        yield vocabulary("output_layer.weight", "lm_head.weight", config)
+
+
+def _attention(ours: str, theirs: str, config: ModelConfig) -> Iterator[Pair]:
+    for kind in ("weight", "bias") if config.attention_bias else ("weight",):
+        names = (f"{theirs}q_proj.{kind}", f"{theirs}k_proj.{kind}", f"{theirs}v_proj.{kind}")
+        yield queries_keys_values(f"{ours}linear_qkv.{kind}", names, config)
+    yield same(f"{ours}linear_proj.weight", f"{theirs}o_proj.weight")
+    if config.qk_norm:
+        yield same(f"{ours}q_layernorm.weight", f"{theirs}q_norm.weight")
+        yield same(f"{ours}k_layernorm.weight", f"{theirs}k_norm.weight")
+
+
+def _experts(ours: str, theirs: str, config: ModelConfig) -> Iterator[Pair]:
+    expert = theirs + "experts.{expert}."
+    yield same(f"{ours}router.weight", f"{theirs}gate.weight")
+    yield gated_experts(
+        f"{ours}experts.experts.linear_fc1.weight", (f"{expert}w1.weight", f"{expert}w3.weight"), config
+    )
+    yield experts(f"{ours}experts.experts.linear_fc2.weight", f"{expert}w2.weight", config)

@@ -1,0 +1,179 @@
+"""What a `config.json` says, as a `ModelConfig`, and back: nothing in it is passed over in silence.
+
+Each key is one of four: it is a field of ours, it must have one of the given values, it has a reading of its own
+(rotary positions, which changed their place between versions), or it does not touch what the model computes. Any other
+key is a mistake that names it; so a model with something that ours lacks is refused, not converted wrongly.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from model.config import ModelConfig, RopeScalingConfig
+from parallel.common.errors import UserError
+
+_VOCABULARY_MULTIPLE = 128
+_NO_MATTER = frozenset(
+    {
+        "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype",
+        "eos_token_id", "id2label", "is_decoder", "is_encoder_decoder",
+        "label2id", "max_window_layers", "model_type", "output_attentions",
+        "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
+        "router_aux_loss_coef", "router_jitter_noise", "task_specific_params", "torch_dtype", "transformers_version",
+        "use_cache",
+    }
+)  # fmt: skip
+"""Training, generation and bookkeeping: neither shapes nor logits depend on them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """One family's `config.json`."""
+
+    architecture: str
+    """Name of the class in `transformers`."""
+    fields: Mapping[str, str]
+    """Their key to our field; `moe.experts` is a field of a field."""
+    constants: Mapping[str, Any]
+    """Our field to the value that it has in this family, where that is not our default."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Their key to what it means to be absent."""
+    derived: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
+    """Our field to its value where they leave it open, from the other values."""
+    required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Their key to the values that we can convert; the first is what an export says."""
+    no_matter: frozenset[str] = frozenset()
+    """Keys of this family alone that change nothing."""
+    rope: bool = True
+    """Whether positions are rotary."""
+
+
+def _set(values: dict[str, Any], name: str, value: Any) -> None:
+    *above, last = name.split(".")
+    for part in above:
+        values = values.setdefault(part, {})
+    values[last] = value
+
+
+def _get(config: ModelConfig, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def read(settings: Settings, found: Mapping[str, Any], *, family: str) -> dict[str, Any]:
+    """The values of a `ModelConfig` from a `config.json`, nested as the configuration tree is.
+
+    Raises:
+        UserError: a key or a value that this family's conversion does not understand; it names it.
+    """
+    left = {key: value for key, value in {**settings.defaults, **found}.items() if key not in _NO_MATTER}
+    values: dict[str, Any] = {"family": family}
+    for name, value in settings.constants.items():
+        _set(values, name, value)
+    for key, name in settings.fields.items():
+        if key in left and (value := left.pop(key)) is not None:
+            _set(values, name, value)
+    for name, derive in settings.derived.items():
+        values.setdefault(name, derive(values))
+    for key, legal in settings.required.items():
+        if (value := left.pop(key, legal[0])) not in legal:
+            raise UserError(f"config.json says {key} = {value!r}: a {family} is converted with {_either(legal)} only")
+    if settings.rope:
+        values |= _read_rope(left, family)
+    unknown = sorted(key for key, value in left.items() if key not in settings.no_matter and value is not None)
+    if unknown:
+        named = ", ".join(f"{key} = {left[key]!r}" for key in unknown)
+        raise UserError(f"config.json says {named}, which the conversion of a {family} does not understand")
+    rows = values.pop("vocabulary_size")
+    padded = -(-rows // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+    return values | {"vocabulary_size": padded, "unpadded_vocabulary_size": rows if rows != padded else None}
+
+
+def _either(legal: tuple[Any, ...]) -> str:
+    return " or ".join(repr(value) for value in legal)
+
+
+def _read_rope(left: dict[str, Any], family: str) -> dict[str, Any]:
+    """Takes the rotary positions out of what is left: `rope_parameters`, or `rope_theta` and `rope_scaling`."""
+    said = left.pop("rope_parameters", None) or {}
+    base = said.get("rope_theta", left.pop("rope_theta", None))
+    scaling = {key: value for key, value in (said or left.get("rope_scaling") or {}).items() if key != "rope_theta"}
+    left.pop("rope_scaling", None)
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    scaling.pop("type", None)
+    values: dict[str, Any] = {} if base is None else {"rope_base": float(base)}
+    if kind == "default" and not scaling:
+        return values
+    names = {
+        "factor": "factor",
+        "low_freq_factor": "low_frequency_factor",
+        "high_freq_factor": "high_frequency_factor",
+        "original_max_position_embeddings": "original_positions",
+    }
+    if kind != "llama3" or set(scaling) != set(names):
+        raise UserError(
+            f"config.json stretches rotary positions by {kind!r} with {sorted(scaling)}: a {family} is converted with "
+            f"'default', or with 'llama3' and {sorted(names)}"
+        )
+    return values | {"rope_scaling": {ours: scaling[theirs] for theirs, ours in names.items()}}
+
+
+def write(settings: Settings, config: ModelConfig, *, model_type: str, sequence_length: int) -> dict[str, Any]:
+    """The `config.json` of a model, without what a tokenizer knows.
+
+    Raises:
+        UserError: the model has something that this family cannot say; it names it.
+    """
+    plain = ModelConfig(layers=1, hidden_size=1, heads=1, ffn_hidden_size=1)
+    said = {name.split(".")[0] for name in (*settings.fields.values(), *settings.constants)}
+    beside = {
+        "family", "vocabulary_size", "unpadded_vocabulary_size", "initial_std", "dropout", "moe", "positions",
+        *(("rope_base", "rope_scaling", "position") if settings.rope else ()),
+    }  # fmt: skip
+    for name in ModelConfig.__slots__:
+        if name not in said | beside and _get(config, name) != _get(plain, name):
+            raise UserError(f"a {model_type} has no model.{name} = {_get(config, name)}: export it as another family")
+    for name, value in settings.constants.items():
+        if _get(config, name) != value:
+            raise UserError(f"a {model_type} has model.{name} = {value}, and this model {_get(config, name)}")
+    if config.moe.experts and "moe.experts" not in settings.fields.values():
+        raise UserError(f"a {model_type} has no experts: export it as a mixtral")
+    if config.moe.shared_ffn_hidden_size or (config.moe.experts and config.moe.first_layer):
+        raise UserError(f"a {model_type} has no shared experts and no layers without experts")
+    written: dict[str, Any] = {"architectures": [settings.architecture], "model_type": model_type}
+    written |= {key: legal[0] for key, legal in settings.required.items()}
+    for key, name in settings.fields.items():
+        written[key] = _get(config, name)
+    return written | _written_defaults(settings, config, sequence_length)
+
+
+def _written_defaults(settings: Settings, config: ModelConfig, sequence_length: int) -> dict[str, Any]:
+    """What ours leaves open and theirs spells out."""
+    spelt: dict[str, Any] = {}
+    by_field = {name: key for key, name in settings.fields.items()}
+    for name, value in (
+        ("kv_heads", config.kv_heads or config.heads),
+        ("head_size", config.head_size or config.hidden_size // config.heads),
+        ("positions", config.positions or sequence_length),
+        ("vocabulary_size", config.unpadded_vocabulary_size or config.vocabulary_size),
+        ("moe.ffn_hidden_size", config.moe.ffn_hidden_size or config.ffn_hidden_size),
+    ):
+        if name in by_field:
+            spelt[by_field[name]] = value
+    if settings.rope:
+        spelt["rope_parameters"] = {"rope_theta": config.rope_base, **_written_scaling(config.rope_scaling)}
+    return spelt
+
+
+def _written_scaling(scaling: RopeScalingConfig) -> dict[str, Any]:
+    if scaling.factor == 1:
+        return {"rope_type": "default"}
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_frequency_factor,
+        "high_freq_factor": scaling.high_frequency_factor,
+        "original_max_position_embeddings": scaling.original_positions,
+    }
