@@ -35,8 +35,8 @@ def load(path: Path, participants: Mapping[str, Stateful]) -> Manifest:
     doing = f"load the checkpoint {path}"
     with agreed(doing):
         manifest = Manifest.read(path)
-        _check_names(path, manifest)
-        _check_files(path, manifest, dist.get_rank(), dist.get_world_size())
+        check_names(path, manifest)
+        check_files(path, manifest, dist.get_rank(), dist.get_world_size())
         states = _json_states(path, manifest, participants)
     # Outside `agreed`: a participant may gather its state over ranks, and scatter it.
     templates = {
@@ -62,7 +62,7 @@ def load(path: Path, participants: Mapping[str, Stateful]) -> Manifest:
     return manifest
 
 
-def _check_names(path: Path, manifest: Manifest) -> None:
+def check_names(path: Path, manifest: Manifest) -> None:
     """Every file of the manifest is there, and no other."""
     there = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir() or file.is_symlink()}
     expected = set(manifest.files) | {MANIFEST}
@@ -75,7 +75,7 @@ def _check_names(path: Path, manifest: Manifest) -> None:
             raise UserError(f"{path / name} is a link: a checkpoint has only plain files")
 
 
-def _check_files(path: Path, manifest: Manifest, rank: int, world_size: int) -> None:
+def check_files(path: Path, manifest: Manifest, rank: int, world_size: int) -> None:
     """Sizes of all files, hashes of this rank's share of them."""
     by_size = sorted(manifest.files.items(), key=lambda item: (-item[1].bytes, item[0]))
     for number, (name, record) in enumerate(by_size):

@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.dist_checkpointing.strategies.torch import mcore_to_pyt_state_dict
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -93,14 +93,14 @@ class _HashingFileSystem(dcp_filesystem.FileSystem):
         self.records[Path(new_path).name] = self.records.pop(Path(path).name)
 
 
-class _Writer(dcp.FileSystemWriter):
+class Writer(dcp.FileSystemWriter):
     """DCP's writer: hashing, no file for a rank with nothing to write, no paths in the metadata, nothing left out."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, single_file_per_rank=True, sync_files=True, thread_count=1, overwrite=False)
         self.fs = self.recorder = _HashingFileSystem()
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+    def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
         if plan.items:
             before = torch.serialization.get_crc32_options()
             torch.serialization.set_crc32_options(False)
@@ -124,7 +124,7 @@ class _Writer(dcp.FileSystemWriter):
         return StorageMeta()
 
 
-class _SavePlanner(dcp.DefaultSavePlanner):
+class SavePlanner(dcp.DefaultSavePlanner):
     """DCP's planner, without empty shards."""
 
     def create_local_plan(self) -> SavePlan:
@@ -148,8 +148,8 @@ def write_shards(directory: Path, tensors: Iterable[ShardedTensor]) -> dict[str,
     """
     main = [tensor for tensor in tensors if is_main_replica(tensor.replica_id)]
     assert all(tensor.data is not None for tensor in main)
-    writer = _Writer(directory)
-    planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    writer = Writer(directory)
+    planner = SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     dcp.save(mcore_to_pyt_state_dict(_by_key(main)), storage_writer=writer, planner=planner)
     return writer.recorder.records
 
@@ -166,7 +166,7 @@ def read_shards(directory: Path, tensors: Iterable[ShardedTensor], files: Mappin
         UserError: a file is not what `write_shards` writes, or a tensor is missing or has another shape.
     """
     wanted = _by_key([tensor for tensor in tensors if math.prod(tensor.local_shape)])
-    reader = _Reader(directory, files)
+    reader = Reader(directory, files)
     metadata = reader.read_metadata()
     for key, shards in wanted.items():
         stored = metadata.state_dict_metadata.get(key)
@@ -211,7 +211,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it refers to {module_name}.{global_name}")
 
 
-class _Reader(dcp.FileSystemReader):
+class Reader(dcp.FileSystemReader):
     """DCP's reader, which trusts nothing that it reads."""
 
     def __init__(self, directory: Path, files: Mapping[str, FileRecord]) -> None:
