@@ -53,12 +53,27 @@ def build(config: DataConfig, *, overwrite: bool = False) -> Store:
         raise ConfigError(problems)
     sources = [find_source(source) for source in config.sources]
     root = Path(config.store)
-    with _sole_builder(root):
+    with sole_builder(root):
         return _Build(config, Pipeline(config, sources, root / sealed.STAGES), root).run(overwrite=overwrite)
 
 
+def train_tokenizer(config: DataConfig) -> Path:
+    """The stages of a configuration up to its tokenizer, in `data.store`; where the tokenizer.json lies.
+
+    Raises:
+        UserError: something that the user can mend.
+    """
+    problems = list(config.problems())
+    if problems:
+        raise ConfigError(problems)
+    sources = [find_source(source) for source in config.sources]
+    root = Path(config.store)
+    with sole_builder(root):
+        return _Build(config, Pipeline(config, sources, root / sealed.STAGES), root).train_tokenizer()
+
+
 @contextmanager
-def _sole_builder(root: Path) -> Iterator[None]:
+def sole_builder(root: Path) -> Iterator[None]:
     """Makes the store's directory and keeps other builds out of it."""
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ def read_file(file: InputFile, reading: Reading) -> Iterator[tuple[str, str]]:
         UserError: the file cannot be read to its end, or changed meanwhile.
     """
     reader = _READERS[file.format]
-    with _readable(file, reading.config.name):
+    with readable(file, reading.config.name):
         yield from reader(file, reading)
         facts = os.stat(file.path)
     if (facts.st_size, facts.st_mtime_ns) != (file.bytes, file.modified_ns):
@@ -93,7 +93,7 @@ def read_file(file: InputFile, reading: Reading) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def _readable(file: InputFile, source: str) -> Iterator[None]:
+def readable(file: InputFile, source: str) -> Iterator[None]:
     """Turns what libraries say about damaged files into a sentence with the file's name."""
     try:
         if file.compression is not None and file.bytes == 0:
@@ -131,6 +131,12 @@ def _lines(file: InputFile) -> Iterator[bytes]:
 
 
 def _read_jsonl(file: InputFile, reading: Reading) -> Iterator[tuple[str, str]]:
+    for _, identifier, text in jsonl_records(file, reading):
+        yield identifier, text
+
+
+def jsonl_records(file: InputFile, reading: Reading) -> Iterator[tuple[bytes, str, str]]:
+    """(line without its end, id, text) of each record that has a text."""
     text_field, id_field = reading.config.text_field, reading.config.id_field
     for number, line in enumerate(_lines(file), start=1):
         if number == 1:
@@ -150,7 +156,8 @@ def _read_jsonl(file: InputFile, reading: Reading) -> Iterator[tuple[str, str]]:
         if isinstance(text, str):
             identifier = record.get(id_field)
             named = isinstance(identifier, int | str) and identifier != ""
-            yield reading.without_surrogates(str(identifier)) if named else position, reading.without_surrogates(text)
+            name = reading.without_surrogates(str(identifier)) if named else position
+            yield line, name, reading.without_surrogates(text)
         elif text is None:
             reading.fields_seen.update(record)
             reading.drop(NO_TEXT, position, line)

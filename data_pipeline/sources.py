@@ -27,6 +27,8 @@ _ENDINGS = {
 }
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _PASSED_OVER = frozenset({".git", ".hg", ".svn", "__pycache__"})
+_TABLES = frozenset({"clusters.parquet", "hits.parquet"})
+"""What `data dedup` and `data decontaminate` write beside the documents, which may be read again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +166,7 @@ def _walk(root: str, config: SourceConfig) -> Iterator[tuple[str, str]]:
                     directories.append(relative)
             elif (
                 entry.is_file(follow_symlinks=False)
+                and entry.name not in _TABLES
                 and not exclude(relative)
                 and (not config.include or include(relative))
             ):

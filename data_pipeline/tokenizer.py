@@ -147,6 +147,10 @@ class Tokenizer:
         """The text of some ids; special tokens appear by name, ids beyond the vocabulary as nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
+    def decode_batch(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of several lists of ids, as `decode` gives them."""
+        return self._backend.decode_batch([list(ids) for ids in sequences], skip_special_tokens=False)
+
 
 def _first_known(backend: HuggingFaceTokenizer, names: Sequence[str]) -> str | None:
     return next((name for name in names if backend.token_to_id(name) is not None), None)

@@ -36,11 +36,16 @@ VERBS = {
     ),
     "data": Verb(
         module="launcher.data",
-        arguments="build|check CONFIG...",
-        meaning="clean, deduplicate and tokenise text into a token store",
+        arguments="WORD ...",
+        meaning="clean, deduplicate and tokenise text into a token store; look into it",
     ),
     "train": Verb(
         module="launcher.verbs.train", arguments="CONFIG... [key=value ...]", meaning="train, or go on where it stopped"
+    ),
+    "verify": Verb(
+        module="launcher.verbs.verify",
+        arguments="CONFIG... [key=value ...]",
+        meaning="prove the layout equal to one rank, small, on the CPU",
     ),
     "evaluate": Verb(
         module="launcher.verbs.evaluate", arguments="CHECKPOINT", meaning="bits per byte on the validation documents"

@@ -1,42 +1,55 @@
-"""`bloomery data`: from raw text to a token store.
+"""`bloomery data`: from raw text to a token store, whole or one stage at a time.
 
 bloomery data build CONFIG... [key=value ...] [--overwrite]
-bloomery data check STORE
+bloomery data dedup | decontaminate | train-tokenizer | tokenize INPUT... --output PLACE
+bloomery data stats | inspect | check | report STORE
 """
 
 import argparse
 from pathlib import Path
 
 from data_pipeline.build import build
-from data_pipeline.store import Store
 from launcher.config import load, require
 from launcher.report.store_page import write_store_page
+from launcher.verbs import data_alone, data_look
 from launcher.verbs.train import split
+
+_EPILOG = """\
+examples:
+  bloomery data build configs/quickstart.yaml data.store=stores/quick
+  bloomery data dedup web/*.jsonl.gz --output clean
+  bloomery data stats stores/quick
+
+`bloomery data WORD --help` says more."""
 
 
 def main(arguments: list[str]) -> int:
     """Runs one word of `bloomery data` and returns the exit code."""
-    parser = argparse.ArgumentParser(prog="bloomery data", description="From raw text to a token store.")
-    words = parser.add_subparsers(dest="word", required=True, metavar="build|check")
-    word = words.add_parser("build", help="read, clean, deduplicate, split, tokenise; goes on where it stopped")
+    parser = argparse.ArgumentParser(
+        prog="bloomery data",
+        description="From raw text to a token store, whole or one stage at a time.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    words = parser.add_subparsers(dest="word", required=True, metavar="WORD")
+    word = words.add_parser(
+        "build",
+        help="read, clean, filter, deduplicate, split, tokenise; goes on where it stopped",
+        description="Makes the store that a configuration describes. The same command goes on where it stopped.",
+        epilog="example: bloomery data build configs/quickstart.yaml data.stages.near_dedup.threshold=0.7",
+    )
     word.add_argument("config", nargs="+", metavar="CONFIG|key=value", help="YAML files, then overrides")
     word.add_argument("--overwrite", action="store_true", help="replace a store that was built differently")
-    word = words.add_parser("check", help="read every file of a store and compare it with its hash")
-    word.add_argument("store", metavar="STORE", type=Path)
-    given = parser.parse_args(arguments)
-    return _check(given.store) if given.word == "check" else _build(given.config, overwrite=given.overwrite)
+    word.set_defaults(run=_build)
+    data_alone.add_words(words)
+    data_look.add_words(words)
+    options = parser.parse_args(arguments)
+    return options.run(options)
 
 
-def _build(given: list[str], *, overwrite: bool) -> int:
-    config = load(*split(given))
+def _build(options: argparse.Namespace) -> int:
+    config = load(*split(options.config))
     require(config, "data")
-    build(config.data, overwrite=overwrite)
+    build(config.data, overwrite=options.overwrite)
     write_store_page(Path(config.data.store))
-    return 0
-
-
-def _check(path: Path) -> int:
-    store = Store.open(path)
-    store.check()
-    print(f"{path} is whole: {len(store.shards()):,} shards, {sum(s.tokens for s in store.shards()):,} tokens")
     return 0

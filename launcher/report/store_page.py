@@ -1,13 +1,22 @@
-"""`STORE/report.html`: what each stage of the corpus kept and dropped, with samples.
+"""`STORE/report.html`: what came in, what each stage dropped with samples, duplicates by source, lengths, languages.
 
-No times, host names or paths: the same report.json gives the same bytes.
+No times, host names or paths: the same store gives the same bytes.
 """
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from launcher.report.markup import corpus, document, dropped_samples, read_json, section
+import pyarrow.parquet as pq
+
+from data_pipeline.inspect import BUCKETS, statistics
+from data_pipeline.sealed import MANIFEST
+from data_pipeline.store import Store
+from launcher.report.markup import corpus, document, dropped_samples, read_json, section, table
 from parallel.common.errors import UserError
 from parallel.common.files import write_text
+from parallel.common.units import format_bytes
 
 
 def write_store_page(store: Path) -> Path:
@@ -20,6 +29,55 @@ def write_store_page(store: Path) -> Path:
     if report is None:
         raise UserError(f"{store} has no report.json: `bloomery data build` makes it.")
     page = store / "report.html"
-    body = [section("Corpus", corpus(report)), section("Samples of what was dropped", dropped_samples(report))]
+    body = [
+        section("Corpus", corpus(report)),
+        *_counts(store),
+        *_languages(report),
+        section("Samples of what was dropped", dropped_samples(report)),
+    ]
     write_text(page, document("Token store", body))
     return page
+
+
+def _counts(store: Path) -> Iterable[str]:
+    """What the shards hold, where the store itself lies beside its report."""
+    if (store / MANIFEST).is_file():
+        yield section("Tokens", _tokens(statistics(Store.open(store))))
+        yield section("Duplicates by source", _duplicates(store / "clusters.parquet"))
+
+
+def _tokens(found: Mapping[str, Any]) -> str:
+    """Counts and lengths by source."""
+    counts = [
+        (
+            source, split, f"{facts['documents']:,}", f"{facts['tokens']:,}", format_bytes(facts["text_bytes"]),
+            f"{facts['text_bytes'] / facts['tokens']:.2f}", f"{facts['median']:,.0f}", f"{facts['longest']:,}",
+        )
+        for source, splits in found["sources"].items()
+        for split, facts in splits.items()
+    ]  # fmt: skip
+    heads = ("source", "split", "documents", "tokens", "text", "bytes a token", "median length", "longest")
+    lengths = [
+        (source, *(f"{sum(counted):,}" for counted in zip(*(f["histogram"] for f in splits.values()), strict=True)))
+        for source, splits in found["sources"].items()
+    ]
+    borders = ("documents of up to ... tokens", *(f"{border:,}" for border in BUCKETS), "more")
+    return table(heads, counts, text_columns=(0, 1)) + table(borders, lengths)
+
+
+def _duplicates(clusters: Path) -> str:
+    """How many documents of which source went, and in which one their twin is kept."""
+    rows: Iterable[dict[str, Any]] = pq.read_table(clusters).to_pylist() if clusters.is_file() else ()
+    counts = Counter((row["removed_source"], row["kept_source"], row["stage"]) for row in rows)
+    if not counts:
+        return "<p>None.</p>"
+    shown = [(*names, f"{count:,}") for names, count in sorted(counts.items())]
+    return table(("removed from", "kept in", "stage", "documents"), shown, text_columns=(0, 1, 2))
+
+
+def _languages(report: Mapping[str, Any]) -> Iterable[str]:
+    """Documents that came into the filters, by language, where it was looked for."""
+    found = report["stages"].get("filters", {}).get("languages", {})
+    rows = [(source, code, f"{count:,}") for source, counts in found.items() for code, count in counts.items()]
+    if rows:
+        yield section("Languages", table(("source", "language", "documents"), rows, text_columns=(0, 1)))
