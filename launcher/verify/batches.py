@@ -28,6 +28,8 @@ class Traits:
     """Positions count up within a document; otherwise all are zero."""
     unequal: bool = True
     """Rows whose tokens do not all count."""
+    silent_slices: int = 0
+    """Where above 0: the last token of each of so many equal slices does not count, as its label lies behind a cut."""
 
 
 def synthetic_batch(config: RunConfig, step: int, traits: Traits) -> dict[str, Tensor]:
@@ -52,6 +54,9 @@ def synthetic_batch(config: RunConfig, step: int, traits: Traits) -> dict[str, T
     if traits.unequal:
         weights[:, : step % 3] = 0
         weights[-1, sequence // 4 :] = 0
+    if traits.silent_slices:
+        length = sequence // traits.silent_slices
+        weights[:, length - 1 :: length] = 0
     return {
         "tokens": tokens[:, :-1].contiguous(),
         "labels": tokens[:, 1:].contiguous(),

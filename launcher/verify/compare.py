@@ -27,7 +27,16 @@ class Whole:
 
     tensors: Tensors
     copies: dict[str, list[tuple[int, np.ndarray]]] = field(default_factory=dict)
-    """Of tensors whose copies differ: each rank's view of the whole, zero where it holds nothing."""
+    """Of tensors whose copies differ: each rank that holds a part, and its view of the whole, NaN where it has none."""
+
+    def spreads(self) -> dict[str, float]:
+        """How far the copies of a tensor lie apart, relative to its norm; only of those that differ."""
+        found = {}
+        for name, views in self.copies.items():
+            stacked = np.stack([view for _, view in views])
+            apart = np.linalg.norm(np.nan_to_num(np.fmax.reduce(stacked) - np.fmin.reduce(stacked)))
+            found[name] = float(apart / max(np.linalg.norm(self.tensors[name]), _TINY)) or math.inf
+        return {name: spread if math.isfinite(spread) else math.inf for name, spread in found.items()}
 
 
 def whole(per_rank: Sequence[Shards]) -> Whole:
@@ -57,7 +66,7 @@ def _holders(name: str, per_rank: Sequence[Shards]) -> list[tuple[int, Shards]]:
 
 def _view(name: str, shards: Shards) -> np.ndarray:
     held = [(described, value) for described, value in shards if described.key == name]
-    view = np.zeros(held[0][0].global_shape)
+    view = np.full(held[0][0].global_shape, np.nan)
     for described, value in held:
         view[described.global_slice()] = value.reshape(view[described.global_slice()].shape)
     return view

@@ -47,6 +47,8 @@ class Case:
 class Found:
     """What one rank saw."""
 
+    place: dict[str, int]
+    """This rank's coordinate in each dimension."""
     evaluated: float
     """Loss of a batch of its own, before the first step."""
     losses: list[float]
@@ -96,7 +98,18 @@ def found(case: Case, *, steps: int, led_by: Sequence[Mapping[str, np.ndarray]] 
         losses.append(float(result.loss))
         norms.append(float(result.grad_norm))
     state = {kind: _shards(engine, lambda local, kind=kind: engine.updater.get(local, kind)) for kind in Kind}
-    return Found(evaluated=evaluated, losses=losses, norms=norms, gradients=gradients, state=state)
+    return Found(
+        place=_place(engine.topology), evaluated=evaluated, losses=losses, norms=norms, gradients=gradients, state=state
+    )
+
+
+def _place(topology: Topology) -> dict[str, int]:
+    return {
+        "tensor": topology.tensor_rank,
+        "pipeline": topology.pipeline_rank,
+        "context": topology.context.rank,
+        "data": topology.data_parallel_rank,
+    }
 
 
 def _shards(engine: Engine, value: Callable[[LocalParameter], Tensor]) -> Shards:
@@ -106,6 +119,31 @@ def _shards(engine: Engine, value: Callable[[LocalParameter], Tensor]) -> Shards
         whole = value(local)
         shards.extend((shard.description, shard.of(whole).double().numpy().copy()) for shard in local.shards)
     return shards
+
+
+def contributions(case: Case) -> dict[tuple[int, int], tuple[float, dict[str, np.ndarray]]]:
+    """What each micro-batch of each data-parallel rank adds to the first step's gradient; on a world of one rank.
+
+    `case` is the oracle; its whole batch is that of all ranks. Returns, by first and last sample of a group of
+    train.micro_batch_size, the weight of its tokens and its part of the gradient by global name.
+    """
+    engine = engine_of(case)
+    batch = batch_of(case, 0, engine.topology)
+    weights = batch["loss_weights"]
+    size = case.config.train.micro_batch_size
+    parts = {}
+    for first in range(0, len(weights), size):
+        own = torch.zeros_like(weights)
+        own[first : first + size] = weights[first : first + size]
+        share = float(own.sum() / weights.sum())
+        engine.accumulate({**batch, "loss_weights": own})
+        shards = _shards(engine, engine.updater.gradient)
+        gradient = {described.key: np.zeros(described.global_shape) for described, _ in shards}
+        for described, value in shards:
+            target = gradient[described.key][described.global_slice()]
+            target[...] = value.reshape(target.shape) * share
+        parts[first, first + size] = float(own.sum()), gradient
+    return parts
 
 
 @torch.no_grad()

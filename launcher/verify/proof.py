@@ -1,0 +1,250 @@
+"""The proof of one layout: what it computes against what one rank computes, parameter by parameter.
+
+Three runs, each on the same weights and batches as its oracle, which is one rank without any parallel dimension, of
+plain PyTorch (stage 0):
+
+- float64 without ZeRO: everything that is not ZeRO, to 1e-11;
+- float32 with the configured ZeRO stage, to 2e-6;
+- the configured precision, if it is bf16: gradients may be 1.5 times as far from float32 as one rank's own bf16 is.
+
+The oracle is led by the layout's gradients (launcher/verify/measure.py), so all steps are compared at the same weights.
+fp16 and fp8 do not run on a CPU; that they were skipped stands in the certificate.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from launcher.verify.compare import Tensors, Whole, errors, norm, relative, whole
+from launcher.verify.measure import Case, Found, found
+from launcher.verify.shrink import STEPS, Shrunk
+from launcher.verify.world import RankDied, WorldTimeout, run_world
+from parallel.config import ParallelConfig, Precision
+from parallel.optimizer import Kind
+
+_LIMITS = {torch.float64: 1e-11, torch.float32: 2e-6}
+_BF16_FACTOR = 1.5
+"""How much further from float32 than one rank's bf16 a layout's bf16 may be."""
+_BF16_LOSS, _BF16_NORM = 1e-3, 1e-2
+"""Relative errors of a loss and of a norm that bf16 may have in any case."""
+_MASTERS_LIMIT = 2e-6
+"""Masters and moments are float32 in bf16 training; fed the same gradients, they are as exact."""
+_KINDS = {Kind.weight: "weights", Kind.first_moment: "first moments", Kind.second_moment: "second moments"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One quantity of a layout, held against one rank's."""
+
+    what: str
+    compared: int
+    """Parameters, or numbers of the run."""
+    worst: str | None
+    """The parameter with the largest error."""
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Everything that one run of a layout and its oracle showed; what a diagnosis works on."""
+
+    case: Case
+    checks: tuple[Check, ...]
+    crash: str | None = None
+    """Why there is nothing to compare: a rank raised, died or was stuck."""
+    gradients: Sequence[Whole] = ()
+    """Of each step."""
+    reference: Sequence[Tensors] = ()
+    norms: Sequence[float] = ()
+    """Global gradient norms that the layout reported, of each step."""
+    places: Sequence[Mapping[str, int]] = ()
+    """Each rank's coordinate in each dimension."""
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return self.crash is None and all(check.passed for check in self.checks)
+
+    @property
+    def failing(self) -> set[str]:
+        """The quantities that are wrong."""
+        return {check.what for check in self.checks if not check.passed}
+
+    def wrong(self, step: int = 0) -> dict[str, float]:
+        """The gradients of a step that are beyond the limit, and their errors."""
+        limit = next(check.limit for check in self.checks if check.what == GRADIENTS)
+        found = errors(self.gradients[step].tensors, self.reference[step])
+        return {name: error for name, error in found.items() if error > limit}
+
+
+GRADIENTS = "gradients"
+NORM = "gradient norm"
+LOSS = "loss"
+COPIES = "copies on ranks"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proof:
+    """One run of one layout, and whether it equals one rank."""
+
+    name: str
+    comparison: Comparison | None
+    skipped: str | None = None
+    """Why it was not run."""
+
+    @property
+    def passed(self) -> bool:
+        return self.comparison is None or self.comparison.passed
+
+
+def proofs(shrunk: Shrunk) -> Iterator[Proof]:
+    """All proofs of a layout, each when it is done; worlds are forked from this process, which has no process group."""
+    config, ranks = shrunk.config, shrunk.ranks
+    stage = config.parallel.zero_stage
+    without_zero = replace(config, parallel=replace(config.parallel, zero_stage=0, offload=False))
+    yield Proof(name="float64", comparison=compared(Case(config=without_zero, ranks=ranks, dtype=torch.float64)))
+    yield Proof(name=f"fp32 ZeRO-{stage}", comparison=compared(Case(config=config, ranks=ranks)))
+    if config.precision in (Precision.bf16, Precision.auto):
+        case = Case(config=config, ranks=ranks, dtype=torch.bfloat16)
+        yield Proof(name=f"bf16 ZeRO-{stage}", comparison=compared(case))
+    elif config.precision is Precision.fp16:
+        reason = "DeepSpeed has no fp16 on a CPU; its loss scaling wants an accelerator"
+        yield Proof(name=f"fp16 ZeRO-{stage}", comparison=None, skipped=reason)
+
+
+def one_rank(case: Case) -> Case:
+    """The oracle of a case: one process, no parallel dimension, no ZeRO."""
+    return replace(case, config=replace(case.config, parallel=ParallelConfig(zero_stage=0)), ranks=1)
+
+
+def compared(case: Case, *, steps: int = STEPS) -> Comparison:
+    """Runs a case and its oracle."""
+    started = time.monotonic()
+    try:
+        per_rank = run_world(lambda: found(case, steps=steps), case.ranks, seconds=60 + 10 * case.ranks)
+    except (RankDied, WorldTimeout) as error:
+        return Comparison(case=case, checks=(), crash=str(error), seconds=time.monotonic() - started)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        notes = "\n".join(getattr(error, "__notes__", ()))
+        return Comparison(case=case, checks=(), crash=f"{reason}\n{notes}", seconds=time.monotonic() - started)
+    gradients = [whole([rank.gradients[step] for rank in per_rank]) for step in range(steps)]
+    led_by = [step.tensors for step in gradients]
+    oracle = one_rank(case)
+    oracles = [oracle, replace(oracle, dtype=torch.float32)] if case.dtype is torch.bfloat16 else [oracle]
+    found_by = run_world(lambda: [found(each, steps=steps, led_by=led_by) for each in oracles], 1)[0]
+    ours = _Side.of(per_rank, gradients)
+    references = [_Side.of([each], [whole([step]) for step in each.gradients]) for each in found_by]
+    checks = _exact(ours, references[0], _LIMITS[case.dtype]) if len(oracles) == 1 else _rounded(ours, *references)
+    return Comparison(
+        case=case,
+        checks=(*checks, _copies(gradients, ours)),
+        gradients=gradients,
+        reference=[step.tensors for step in references[-1].gradients],
+        norms=ours.ranks[0].norms,
+        places=[rank.place for rank in per_rank],
+        seconds=time.monotonic() - started,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Side:
+    """The layout, or its oracle."""
+
+    ranks: Sequence[Found]
+    gradients: Sequence[Whole]
+    state: Mapping[Kind, Whole]
+
+    @classmethod
+    def of(cls, ranks: Sequence[Found], gradients: Sequence[Whole]) -> "_Side":
+        state = {kind: whole([rank.state[kind] for rank in ranks]) for kind in Kind}
+        return cls(ranks=ranks, gradients=gradients, state=state)
+
+    def numbers(self, what: str) -> list[list[float]]:
+        """Each rank's numbers, which are to be the same."""
+        if what == NORM:
+            return [rank.norms for rank in self.ranks]
+        return [rank.losses if what == LOSS else [rank.evaluated] for rank in self.ranks]
+
+    def expected(self, what: str) -> list[float]:
+        """An oracle's numbers; a led one reports the norms of other gradients, so its own are computed here."""
+        return [norm(step.tensors) for step in self.gradients] if what == NORM else self.numbers(what)[0]
+
+
+_NUMBERS = (LOSS, "evaluation loss", NORM)
+
+
+def _exact(ours: _Side, reference: _Side, limit: float) -> list[Check]:
+    """Every quantity within one limit."""
+    error, name = _worst_gradient(ours, reference)
+    checks = [
+        *(_number(what, ours, reference, limit) for what in _NUMBERS[:2]),
+        Check(what=GRADIENTS, compared=_count(ours), worst=name, error=error, limit=limit),
+        _number(NORM, ours, reference, limit),
+    ]
+    return [*checks, *_stepped(ours, reference, limit)]
+
+
+def _rounded(ours: _Side, own: _Side, exact: _Side) -> list[Check]:
+    """Against float32, with what one rank's own bf16 loses as the measure; masters against bf16 on one rank."""
+    error, name = _worst_gradient(ours, exact)
+    limit = _BF16_FACTOR * _worst_gradient(own, exact)[0]
+    floors = {LOSS: _BF16_LOSS, "evaluation loss": _BF16_LOSS, NORM: _BF16_NORM}
+    numbers = {
+        what: _number(what, ours, exact, max(_BF16_FACTOR * _number(what, own, exact, 0.0).error, floors[what]))
+        for what in _NUMBERS
+    }
+    checks = [
+        numbers[LOSS],
+        numbers["evaluation loss"],
+        Check(what=GRADIENTS, compared=_count(ours), worst=name, error=error, limit=limit),
+        numbers[NORM],
+    ]
+    return [*checks, *_stepped(ours, own, _MASTERS_LIMIT)]
+
+
+def _count(side: _Side) -> int:
+    return len(side.gradients[0].tensors)
+
+
+def _number(what: str, ours: _Side, reference: _Side, limit: float) -> Check:
+    """The largest error over ranks and steps."""
+    expected = reference.expected(what)
+    found = [relative(*pair) for rank in ours.numbers(what) for pair in zip(rank, expected, strict=True)]
+    return Check(what=what, compared=len(expected), worst=None, error=max(found), limit=limit)
+
+
+def _worst_gradient(ours: _Side, reference: _Side) -> tuple[float, str]:
+    return max(
+        (error, name)
+        for step, expected in zip(ours.gradients, reference.gradients, strict=True)
+        for name, error in errors(step.tensors, expected.tensors).items()
+    )
+
+
+def _stepped(ours: _Side, reference: _Side, limit: float) -> list[Check]:
+    """Weights and moments after the last step, both sides fed the same gradients."""
+    checks = []
+    for kind, what in _KINDS.items():
+        found = errors(ours.state[kind].tensors, reference.state[kind].tensors)
+        name = max(found, key=lambda each: found[each])
+        checks.append(Check(what=what, compared=len(found), worst=name, error=found[name], limit=limit))
+    return checks
+
+
+def _copies(gradients: Sequence[Whole], ours: _Side) -> Check:
+    """What several ranks hold copies of is the same on all of them, to the last bit."""
+    differ: dict[str, float] = {}
+    for side in (*gradients, *ours.state.values()):
+        for name, spread in side.spreads().items():
+            differ[name] = max(differ.get(name, 0.0), spread)
+    worst = max(differ, key=lambda name: differ[name], default=None)
+    error = differ[worst] if worst is not None else 0.0
+    return Check(what=COPIES, compared=_count(ours), worst=worst, error=error, limit=0.0)
