@@ -43,6 +43,8 @@ class StepResult:
     grad_norm: Tensor
     """[] before clipping; zero in an evaluation."""
     learning_rate: float
+    skipped: bool = False
+    """Whether no weight changed because fp16 gradients overflowed: the next step has a smaller loss scale."""
     seconds: Mapping[str, float]
     """Host seconds by phase: `forward_backward`, `communication`, `optimizer`."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
@@ -138,7 +140,8 @@ class Engine:
         norm = self.updater.step(rate)
         self.schedule.steps_taken += 1
         seconds = {**accumulated.seconds, "optimizer": time.perf_counter() - started}
-        return replace(accumulated, grad_norm=norm, learning_rate=rate, seconds=seconds)
+        skipped = self.updater.loss_scale.skipped
+        return replace(accumulated, grad_norm=norm, learning_rate=rate, skipped=skipped, seconds=seconds)
 
     def accumulate(self, batch: Batch) -> StepResult:
         """All of a step but its update: afterwards `updater.gradient` answers. Norm and learning rate are zero."""
@@ -267,14 +270,16 @@ class _Held:
 
 
 class _Steps:
-    """The count of steps, for the schedule and for AdamW's bias correction."""
+    """The count of steps, for the schedule and for AdamW's bias correction, and the loss scale."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def state_dict(self) -> dict[str, Any]:
-        return self._engine.schedule.state_dict()
+        return {**self._engine.schedule.state_dict(), "loss_scale": self._engine.updater.loss_scale.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._engine.schedule.load_state_dict(state)
-        self._engine.updater.set_steps_taken(self._engine.schedule.steps_taken)
+        schedule, updater = self._engine.schedule, self._engine.updater
+        schedule.load_state_dict(state)
+        updater.loss_scale.load_state_dict(state["loss_scale"])
+        updater.set_steps_taken(schedule.steps_taken - updater.loss_scale.steps_not_taken)

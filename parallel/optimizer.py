@@ -6,7 +6,8 @@ torch optimizer and our own all-reduce, small enough to be read in one go. It al
 of every proof.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import StrEnum
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.config import OptimizerConfig
+from parallel.held import Tensors, held
+from parallel.loss_scale import LossScale
 from parallel.parameters import LocalParameter
 from parallel.topology import Topology
 
@@ -29,13 +32,22 @@ class Kind(StrEnum):
     second_moment = "exp_avg_sq"
 
 
+MOMENTS = (Kind.first_moment.value, Kind.second_moment.value)
+EXPERTS = "experts"
+"""Name of the parameter groups of experts, which ZeRO shards over fewer ranks than the others."""
+
+
 class Updater(Protocol):
     """How gradients become a step."""
 
     module: Any
     """What forward passes go through."""
-    gradient_scale: float
-    """By what a gradient must be multiplied so that, after reduction, it is the sum over data-parallel ranks."""
+    loss_scale: LossScale
+
+    @property
+    def gradient_scale(self) -> float:
+        """By what a loss must be multiplied so that `gradient` is that of its sum over data-parallel ranks."""
+        ...
 
     def accumulation(self) -> AbstractContextManager[None]:
         """Encloses all forward and backward passes of a step; afterwards gradients are reduced."""
@@ -46,7 +58,10 @@ class Updater(Protocol):
         ...
 
     def step(self, learning_rate: float) -> Tensor:
-        """Clips, updates, clears the gradients; returns the global gradient norm [] before clipping."""
+        """Clips, updates, clears the gradients; returns the global gradient norm [] before clipping.
+
+        Gradients that overflowed under a dynamic `loss_scale` change nothing; then the norm is not finite.
+        """
         ...
 
     def gradient(self, local: LocalParameter) -> Tensor:
@@ -65,17 +80,28 @@ class Updater(Protocol):
         """Tells the optimizer how many steps its moments stand for."""
         ...
 
+    def held(self) -> Mapping[str, int]:
+        """Bytes that this rank holds at this moment, by kind (`parallel.held`)."""
+        ...
+
+    def live(self) -> Tensors:
+        """Every tensor that stays between two micro-batches or two steps, by kind."""
+        ...
+
 
 def adamw(
     parameters: Sequence[LocalParameter], tensors: Sequence[Tensor], config: OptimizerConfig
 ) -> torch.optim.AdamW:
     """torch's fused AdamW over `tensors`, one for each of `parameters`; weight decay on matrices only."""
-    decayed = [tensor for local, tensor in zip(parameters, tensors, strict=True) if len(local.shape) > 1]
-    others = [tensor for local, tensor in zip(parameters, tensors, strict=True) if len(local.shape) <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    groups = []
+    for expert, matrices in itertools.product((False, True), (True, False)):
+        members = [
+            tensor
+            for local, tensor in zip(parameters, tensors, strict=True)
+            if local.expert == expert and (len(local.shape) > 1) == matrices
+        ]
+        named = {"moe": True, "name": EXPERTS} if expert else {}
+        groups.append({"params": members, "weight_decay": config.weight_decay if matrices else 0.0, **named})
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
@@ -114,8 +140,6 @@ def reduce_tied(parameters: Sequence[LocalParameter], gradients: Sequence[Tensor
 class PlainUpdater:
     """Stage 0: every rank holds everything; gradients are summed by all-reduce, in fp32 (float64 in float64)."""
 
-    gradient_scale = 1.0
-
     def __init__(
         self,
         module: torch.nn.Module,
@@ -137,7 +161,12 @@ class PlainUpdater:
             local.parameter.register_post_accumulate_grad_hook(_add_into(gradient))
         self.optimizer = adamw(parameters, self.masters, config)
         create_state(self.optimizer)
+        self.loss_scale = LossScale(dynamic=parameters[0].parameter.dtype == torch.float16)
         self._index = {local.parameter: number for number, local in enumerate(parameters)}
+
+    @property
+    def gradient_scale(self) -> float:
+        return self.loss_scale.value
 
     @contextmanager
     def accumulation(self) -> Iterator[None]:
@@ -148,6 +177,8 @@ class PlainUpdater:
         groups = {False: self.topology.data_parallel_group, True: self.topology.expert_data_parallel_group}
         for local, gradient in zip(self.parameters, self.gradients, strict=True):
             dist.all_reduce(gradient, group=groups[local.expert])
+            if self.loss_scale.dynamic:
+                gradient.div_(self.loss_scale.value)
 
     def all_but_last_micro_batch(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -166,6 +197,11 @@ class PlainUpdater:
     @torch.no_grad()
     def step(self, learning_rate: float) -> Tensor:
         norm = self.norm()
+        if self.loss_scale.dynamic:
+            overflowed = not norm.isfinite()
+            self.loss_scale.update(overflowed=overflowed)
+            if overflowed:
+                return norm
         if self.clip_norm > 0:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             for gradient in self.gradients:
@@ -201,6 +237,19 @@ class PlainUpdater:
 
     def set_steps_taken(self, steps: int) -> None:
         set_steps(self.optimizer, steps)
+
+    def held(self) -> dict[str, int]:
+        return held(self.live(), self.topology.device)
+
+    def live(self) -> Tensors:
+        parameters = [local.parameter for local in self.parameters]
+        return {
+            "weights": [parameter.data for parameter in parameters],
+            "masters": self.masters,
+            "moments": [state[moment] for state in self.optimizer.state.values() for moment in MOMENTS],
+            "gradients": [*self.gradients, *(parameter.grad for parameter in parameters)],
+            "buffers": [],
+        }
 
 
 def _add_into(total: Tensor) -> Callable[[Tensor], None]:

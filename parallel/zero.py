@@ -1,18 +1,21 @@
 """ZeRO stages 1, 2 and 3: DeepSpeed shards what the optimizer holds over the data-parallel ranks.
 
-Source: Rajbhandari et al., 2020, arXiv:1910.02054. DeepSpeed was not made to be driven by megatron-core's schedules;
-what this module does about it, each point held by the gradient matrix of tests/distributed/test_gradients.py:
+Source: Rajbhandari et al., 2020, arXiv:1910.02054. What is sharded and when gradients are reduced in which layout is
+`parallel.mechanism`'s decision; this module carries it out. DeepSpeed was not made to be driven by megatron-core's
+schedules; what is done about it, each point held by the gradient matrix of tests/distributed/test_gradients.py:
 
-- Stages 2 and 3 reduce and partition gradients during each backward, as DeepSpeed does by itself. It resets its
-  bookkeeping only at a forward, while a pipeline's last backward passes follow each other, so that their reduction
+- Where gradients are reduced in the backward pass, the schedule says which micro-batch is the last. DeepSpeed resets
+  its bookkeeping only at a forward, while a pipeline's last backward passes follow each other, so that their reduction
   would be skipped without a word; the reset is done here, at the start of each backward.
-- Stage 1 accumulates whole gradients in fp32 and reduces them once, after the last backward. So does stage 2 where its
-  own way cannot work (interleaved stages; an embedding tied over a pipeline), and then shards what stage 1 shards.
-- A tied embedding's two copies are added up before that reduction, because ZeRO partitions the two differently.
-- bf16 weights keep fp32 masters, moments and gradient sums in every stage; DeepSpeed's separate bf16 optimizer (whole,
-  unsharded gradients) is never used.
-- The shared-memory all-reduce that DeepSpeed compiles where it finds a compiler stays off, so that a CPU's numbers do
-  not depend on whether there is one.
+- Where they are reduced at the end, whole gradients accumulate in fp32. A tied embedding's two copies are added up
+  before that reduction, because ZeRO partitions the two differently.
+- bf16 and fp16 weights keep fp32 masters, moments and gradient sums in every stage; DeepSpeed's separate bf16 optimizer
+  (whole, unsharded gradients) is never used. Its loss scaling knows only a loss that is a scalar of its own graph; ours
+  is in the gradient that the schedule starts from, and DeepSpeed is told the scale to divide by.
+- With `offload`, masters and moments and their AdamW are on the host: torch's, so that nothing has to be compiled.
+- DeepSpeed looks for no compiler: its shared-memory all-reduce would make a CPU's numbers depend on whether there is
+  one, and trying out what it could compile takes a third of a second. And fp16 is allowed on every CPU, since torch
+  computes it on every CPU.
 """
 
 import logging
@@ -23,7 +26,10 @@ from typing import Any, Literal
 
 import deepspeed.comm
 import deepspeed.ops
+import deepspeed.utils.groups
 import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import (
@@ -37,7 +43,10 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from parallel.config import OptimizerConfig
-from parallel.optimizer import Kind, adamw, create_state, reduce_tied, set_steps
+from parallel.held import Tensors, held
+from parallel.loss_scale import LossScale
+from parallel.mechanism import Mechanism, Reduction, mechanism
+from parallel.optimizer import EXPERTS, MOMENTS, Kind, adamw, create_state, reduce_tied, set_steps
 from parallel.parameters import LocalParameter
 from parallel.topology import Topology
 
@@ -77,42 +86,47 @@ class _Engine(DeepSpeedEngine):
         super()._do_optimizer_sanity_check(basic_optimizer)
         return "zero_optimization"
 
+    def _configure_distributed_model(self, model: torch.nn.Module) -> None:
+        """Sees experts by their parameters; DeepSpeed looks for its own modules."""
+        super()._configure_distributed_model(model)
+        self.has_moe_layers = any(is_moe_param(parameter) for parameter in model.parameters())
+
+    def _do_sanity_check(self) -> None:
+        accelerator: Any = get_accelerator()
+        accelerator.is_fp16_supported = lambda: True
+        super()._do_sanity_check()
+
     def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
         """Leaves a gradient as it is: micro-batches are weighed by their tokens, not by their number."""
         return grad
 
 
 def _deepspeed_configuration(
-    *, stage: int, dtype: torch.dtype, clip_norm: float, topology: Topology, largest: int
+    mechanism: Mechanism, *, dtype: torch.dtype, clip_norm: float, topology: Topology, largest: int
 ) -> dict[str, Any]:
     bucket = min(_BUCKET_ELEMENTS, largest)
+    pinned = topology.device.type != "cpu"
     return {
         "train_batch_size": topology.data_parallel_group.size(),
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip_norm,
         "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16, "loss_scale": 1.0},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "steps_per_print": None,
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
-            "stage": stage,
-            "overlap_comm": False,
-            "contiguous_gradients": stage > 1,
+            "stage": mechanism.stage,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket + bucket % 2,
             "stage3_param_persistence_threshold": 0,
+            "offload_optimizer": {"device": "cpu" if topology.config.offload else "none", "pin_memory": pinned},
         },
     }
-
-
-def _effective_stage(parameters: Sequence[LocalParameter], topology: Topology) -> int:
-    """The stage that DeepSpeed runs: the configured one, or 1 where gradients cannot be partitioned in backward."""
-    layout = topology.config
-    tied_over_pipeline = layout.pipeline > 1 and any(local.tied for local in parameters)
-    if layout.zero_stage == 2 and (layout.virtual_pipeline > 1 or tied_over_pipeline):
-        return 1
-    return layout.zero_stage
 
 
 class ZeroUpdater:
@@ -127,20 +141,25 @@ class ZeroUpdater:
         topology: Topology,
     ) -> None:
         logger.setLevel(logging.WARNING)
+        dtype = parameters[0].parameter.dtype
         self.parameters = parameters
         self.topology = topology
-        self.stage = _effective_stage(parameters, topology)
-        self.gradient_scale = float(topology.data_parallel_group.size())
-        self._in_backward = self.stage >= 2
+        self.mechanism = mechanism(topology.config, tied=any(local.tied for local in parameters))
+        self.loss_scale = LossScale(dynamic=dtype == torch.float16)
+        self._in_backward = self.mechanism.reduction is not Reduction.at_the_end
         unit = _ModelParallelUnit(topology)
         os.environ.setdefault("LOCAL_RANK", str(topology.device.index or 0))  # asked for by DeepSpeed, nowhere used
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        ops: Any = deepspeed.ops
+        ops.__compatible_ops__ = {}
         deepspeed.comm.init_distributed(dist_init_required=False, verbose=False)
+        deepspeed.utils.groups._EXPERT_PARALLEL_GROUP[EXPERTS] = topology.groups.ep
+        deepspeed.utils.groups._EXPERT_DATA_PARALLEL_GROUP[EXPERTS] = topology.expert_data_parallel_group
         for local in parameters:
             local.parameter.ds_pipe_replicated = local.tied_copy  # type: ignore[attr-defined]
+            local.parameter.group_name = EXPERTS  # type: ignore[attr-defined]  # where it is one
         configuration = _deepspeed_configuration(
-            stage=self.stage,
-            dtype=parameters[0].parameter.dtype,
+            self.mechanism,
+            dtype=dtype,
             clip_norm=config.clip_norm,
             topology=topology,
             largest=max(1024, sum(local.shape.numel() for local in parameters)),
@@ -155,16 +174,22 @@ class ZeroUpdater:
             config_class=DeepSpeedConfig(configuration, unit),
         )
         self._zero: Any = self._engine.optimizer
+        self._zero.gradient_average = False
         self._create_state()
-        if self._in_backward:
-            module.register_forward_hook(self._reset_at_backward)
-        elif parameters[0].parameter.dtype != torch.float32:
-            for local in parameters:
-                local.parameter.register_post_accumulate_grad_hook(self._zero._fill_param_grad_accum_attribute)
+        module.register_forward_hook(self._reset_at_backward)
+
+    @property
+    def gradient_scale(self) -> float:
+        return self.loss_scale.value
+
+    def _kept_scale(self) -> float:
+        """By what DeepSpeed's gradients are too large: stage 3 cannot be told to sum them instead of averaging."""
+        averaged_over = self.topology.data_parallel_group.size() if self.mechanism.stage == 3 else 1
+        return self.loss_scale.value / averaged_over
 
     def _create_state(self) -> None:
         """Creates the moments at once; DeepSpeed would at the first step, too late to load a checkpoint into them."""
-        if self.stage == 3:
+        if self.mechanism.stage == 3:
             for flat in self._zero.fp32_partitioned_groups_flat:
                 self._zero.optimizer.param_groups[0]["params"] = [flat]
                 create_state(self._zero.optimizer)
@@ -174,12 +199,13 @@ class ZeroUpdater:
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def _reset_at_backward(self, _module: torch.nn.Module, _inputs: Any, output: Tensor) -> None:
-        """Before DeepSpeed sees the gradient of an output, makes it count that backward as a new one."""
+        """Before DeepSpeed sees the gradient of an output, makes it count that backward as a new one, scaled by us."""
         state = self._zero._backward_hook_state
 
         def reset(gradient: Tensor) -> Tensor:
             state.backward_active_depth = 0
             state.reset_for_new_step()
+            self._engine._manual_backward_expected = True
             return gradient
 
         if output.requires_grad:
@@ -212,13 +238,17 @@ class ZeroUpdater:
     def step(self, learning_rate: float) -> Tensor:
         for group in self._zero.optimizer.param_groups:
             group["lr"] = learning_rate
+        self._zero.override_loss_scale(self._kept_scale())
         self._engine.step()
+        if self._zero.overflow:
+            self._zero.averaged_gradients.clear()  # left standing with offload, infinities and all
+        self.loss_scale.update(overflowed=self._zero.overflow)
         return torch.as_tensor(self._zero._global_grad_norm)
 
     def gradient(self, local: LocalParameter) -> Tensor:
         gradient = safe_get_full_grad(local.parameter)
         assert gradient is not None
-        return gradient.view(local.shape)
+        return gradient.view(local.shape) / self._kept_scale()
 
     def get(self, local: LocalParameter, kind: Kind) -> Tensor:
         if kind is Kind.weight:
@@ -239,7 +269,7 @@ class ZeroUpdater:
 
     def _round(self) -> None:
         """Makes the weights of the forward pass follow the masters, on all ranks."""
-        if self.stage < 3:
+        if self.mechanism.stage < 3:
             self._zero.update_lp_params()
             return
         for number in range(len(self._zero.fp16_groups)):
@@ -247,3 +277,34 @@ class ZeroUpdater:
 
     def set_steps_taken(self, steps: int) -> None:
         set_steps(self._zero.optimizer, steps)
+
+    def held(self) -> dict[str, int]:
+        return held(self.live(), self.topology.device)
+
+    def live(self) -> Tensors:
+        zero = self._zero
+        parameters = [local.parameter for local in self.parameters]
+        tensors: dict[str, list[Tensor | None]] = {
+            "moments": [value for state in zero.optimizer.state.values() for value in map(state.get, MOMENTS)],
+            "gradients": [parameter.grad for parameter in parameters],
+            "buffers": [],
+        }
+        if self.mechanism.stage == 3:
+            tensors["weights"] = [zero.lp_param_buffer, *(parameter.data for parameter in parameters)]
+            tensors["masters"] = zero.fp32_partitioned_groups_flat
+            tensors["gradients"] += [zero.grad_partitions_flat_buffer]
+            tensors["buffers"] += [bucket.buffer for bucket in zero.ipg_buckets.values()]
+        else:
+            tensors["weights"] = [*zero.bit16_groups_flat, *(parameter.data for parameter in parameters)]
+            tensors["masters"] = zero.single_partition_of_fp32_groups
+            tensors["gradients"] += [parameter.grad_accum for parameter in parameters]  # type: ignore[attr-defined]
+            for groups in (zero.averaged_gradients, zero.all_grad_tensors):
+                tensors["gradients"] += [tensor for group in groups.values() for tensor in group or ()]
+            tensors["buffers"] += [tensor for bucket in zero.ipg_buckets.values() for tensor in bucket.buffer]
+            tensors["buffers"] += [zero.grads_in_partition]
+        tensors["gradients"] += [master.grad for master in tensors["masters"] if master is not None]
+        if self.topology.config.offload and self.mechanism.stage < 3:
+            tensors["gradients"] += zero.accumulated_grads_in_cpu.values()
+            tensors["buffers"] += zero.param_buffer_of_bit16_for_cpu_offload_groups
+            tensors["buffers"] += [zero.temp_grad_buffer_for_cpu_offload, zero.temp_grad_buffer_for_gpu_offload]
+        return tensors
