@@ -25,11 +25,13 @@ from launcher.preempt import Preempt
 from launcher.progress import Every, Progress
 from launcher.run_directory import Lock, RunDirectory
 from launcher.runtime import COLLECTIVE_LIMIT
+from launcher.saving import Saving
 from launcher.tracking import Tracker, WeightsAndBiases
 from model.build import build
 from model.objectives import causal_language_modelling
 from parallel.checkpoint.checkpoints import Checkpoints
 from parallel.checkpoint.fence import Fence
+from parallel.checkpoint.retention import Retention
 from parallel.common.stateful import Stateful
 from parallel.engine import Engine, Objective
 from parallel.precision import model_dtype
@@ -50,7 +52,7 @@ class Parts:
     preempt: Preempt
     validation: Validation
     logging: Every
-    saving: Every
+    saving: Saving
     checkpoints: Checkpoints
     participants: dict[str, Stateful]
     meter: Meter
@@ -82,13 +84,15 @@ def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preemp
     )
     checkpoints = Checkpoints(
         directory.checkpoints,
-        keep=config.checkpoint.keep,
+        retention=Retention.of(config.checkpoint),
         fence=Fence(attempt=attempt, holder=partial(Lock.attempt, directory.lock)),
         layout=dict(topology.describe()),
         config=configuration.to_dict(config),
+        group=_control_group(topology),
     )
     display = make_display(topology.rank)
-    preempt.join(_control_group(topology))
+    saving = Saving(config.checkpoint, total_steps=steps, rank=topology.rank)
+    preempt.join(_control_group(topology), [saving])
     return Parts(
         topology=topology,
         vocabulary_size=rows,
@@ -99,7 +103,7 @@ def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preemp
         preempt=preempt,
         validation=Validation(config, store=store, topology=topology, total_steps=steps),
         logging=Every(train.log_every_steps, config.evaluate.every_steps, besides=(1, steps)),
-        saving=Every(config.checkpoint.every_steps, besides=(steps,)),
+        saving=saving,
         checkpoints=checkpoints,
         participants={**engine.participants(), "loader": loader, "progress": progress},
         meter=Meter(

@@ -9,7 +9,7 @@ from pathlib import Path
 from launcher import config as configuration
 from launcher.config import RunConfig
 from launcher.run_directory import RunDirectory
-from parallel.checkpoint.manifest import Manifest, whole_steps
+from parallel.checkpoint.manifest import MANIFEST, Manifest, whole_steps
 from parallel.common.errors import UserError
 
 
@@ -41,15 +41,16 @@ def find_run(text: str) -> RunDirectory:
     raise UserError(f"{text} is not a run: expected a directory with a config.yaml, or a name under runs/{hint}.")
 
 
-def find_checkpoint(text: str) -> Checkpoint:
-    """The checkpoint that a user named.
+def find_step(text: str) -> Path:
+    """The step directory that a user named, wherever it stands.
 
     Raises:
         UserError: there is none, or it is not whole.
     """
     path = Path(text)
-    if (path / "manifest.json").is_file() and path.parent.name == "checkpoints":
-        return Checkpoint(run=find_run(str(path.parent.parent)), path=path, manifest=Manifest.read(path))
+    if (path / MANIFEST).is_file():
+        Manifest.read(path)
+        return path
     name, at, number = text.rpartition("@")
     run = find_run(name if at else text)
     steps = whole_steps(run.checkpoints)
@@ -58,5 +59,14 @@ def find_checkpoint(text: str) -> Checkpoint:
     wanted = number if at else str(max(steps))
     if not wanted.isdigit() or int(wanted) not in steps:
         raise UserError(f"{text} does not exist: {run.path} has the steps {', '.join(map(str, steps))}.")
-    chosen = steps[int(wanted)]
-    return Checkpoint(run=run, path=chosen, manifest=Manifest.read(chosen))
+    return steps[int(wanted)]
+
+
+def find_checkpoint(text: str) -> Checkpoint:
+    """The checkpoint of a run that a user named.
+
+    Raises:
+        UserError: there is none, it is not whole, or it stands outside a run.
+    """
+    path = find_step(text)
+    return Checkpoint(run=find_run(str(path.parent.parent)), path=path, manifest=Manifest.read(path))

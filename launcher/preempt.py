@@ -2,12 +2,14 @@
 
 TERM (a scheduler takes the node), USR1 (the time limit is near), INT (Ctrl-C) and HUP (the terminal closed) only raise
 a flag. Once a step the ranks take the maximum of their flags, so that all of them save the same step and stop. The
-collective carries one integer over gloo on the host: it costs some 100 us a step and never waits for the device.
+collective carries a few integers over gloo on the host: it costs some 100 us a step and never waits for the device.
+Whatever else each rank knows for itself and all must act on alike rides with it.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,18 +18,37 @@ from torch.distributed import ProcessGroup
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
+class Asked(Protocol):
+    """Something that is asked on every rank after each step, and answered alike on all."""
+
+    def ask(self) -> bool:
+        """What this rank knows."""
+        ...
+
+    def answer(self, anywhere: bool) -> None:
+        """Whether some rank said yes; an error that is raised here is raised by all ranks at the same step."""
+        ...
+
+
 class Preempt:
     """The flag of this rank and the agreement of all."""
 
     def __init__(self) -> None:
         self._group: ProcessGroup | None = None
+        self._asked: Sequence[Asked] = ()
         self._received = 0
         self.signal: signal.Signals | None = None
         """What the ranks agreed to stop for."""
 
-    def join(self, group: ProcessGroup | None) -> None:
-        """Names the ranks that agree: a group of all of them that works on CPU tensors, or None for a rank alone."""
+    def join(self, group: ProcessGroup | None, asked: Sequence[Asked] = ()) -> None:
+        """Names the ranks that agree: a group of all of them that works on CPU tensors, or None for a rank alone.
+
+        Args:
+            group: the ranks.
+            asked: what they agree on besides, the same on every rank.
+        """
         self._group = group
+        self._asked = asked
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -47,11 +68,12 @@ class Preempt:
 
     def agreed(self) -> bool:
         """Whether some rank was asked to stop; the same on every rank. All ranks call this once a step."""
-        received = self._received
+        flags = torch.tensor([self._received, *(asked.ask() for asked in self._asked)])  # [1 + asked]
         if self._group is not None:
-            flag = torch.tensor(received)  # []
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-            received = int(flag)
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+        received, *answers = flags.tolist()
+        for asked, answer in zip(self._asked, answers, strict=True):
+            asked.answer(bool(answer))
         if received:
             self.signal = signal.Signals(received)
         return bool(received)

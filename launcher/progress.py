@@ -10,18 +10,12 @@ class Progress:
     def __init__(self, *, total_steps: int, global_batch_size: int, sequence_length: int) -> None:
         self.total_steps = total_steps
         self.step = 0
+        self.samples = 0
+        """Samples seen, those that only fill a batch excepted."""
+        self.tokens = 0
+        """Tokens seen."""
         self._batch_size = global_batch_size
         self._sequence_length = sequence_length
-
-    @property
-    def samples(self) -> int:
-        """Samples seen, those that only fill a batch excepted."""
-        return self.step * self._batch_size
-
-    @property
-    def tokens(self) -> int:
-        """Tokens seen."""
-        return self.samples * self._sequence_length
 
     @property
     def remaining_tokens(self) -> int:
@@ -40,6 +34,8 @@ class Progress:
     def advance(self) -> None:
         """One step was taken."""
         self.step += 1
+        self.samples += self._batch_size
+        self.tokens += self._batch_size * self._sequence_length
 
     def state_dict(self) -> dict[str, Any]:
         """JSON."""
@@ -47,7 +43,7 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on after the step that was saved."""
-        self.step = state["step"]
+        self.step, self.samples, self.tokens = state["step"], state["samples"], state["tokens"]
 
 
 class Every:

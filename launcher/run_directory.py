@@ -88,6 +88,21 @@ class RunDirectory:
         if problems:
             raise ConfigError(problems)
 
+    def check_not_lost(self) -> None:
+        """Refuses a run that has saved, and whose checkpoints are gone: it would begin again from random weights.
+
+        Raises:
+            UserError: names the last step that was saved.
+        """
+        if self.has_checkpoint():
+            return
+        saved = [event["step"] for event in self.events if event["event"] == "saved"]
+        if saved:
+            raise UserError(
+                f"the run {self.path} has saved step {saved[-1]}, and {self.checkpoints} has no checkpoint any more: "
+                "restore one, or take a new run.name to begin again."
+            )
+
 
 class Records:
     """What an attempt writes down about itself; only rank 0 does."""
@@ -97,8 +112,8 @@ class Records:
         self._attempt = attempt
         self._writes = writes
 
-    def begin(self, config: RunConfig, *, layout: Mapping[str, Any], step: int) -> None:
-        """Opens the records for an attempt that goes on after `step`: later metrics are cut off."""
+    def begin(self, config: RunConfig, *, layout: Mapping[str, Any], step: int, origin: Path | None) -> None:
+        """Opens the records for an attempt that goes on after `step` of `origin`: later metrics are cut off."""
         if not self._writes:
             return
         directory = self._directory
@@ -110,6 +125,7 @@ class Records:
                 "attempt": self._attempt,
                 "time": time.time(),
                 "from_step": step,
+                "from_checkpoint": None if origin is None else str(origin),
                 "config_changes": {key: list(values) for key, values in directory.differences(config).items()},
                 "layout": dict(layout),
                 "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},

@@ -9,6 +9,7 @@ import logging
 import signal
 from collections.abc import Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from launcher.config import RunConfig
 from launcher.meter import finite
 from launcher.outcome import Outcome
 from launcher.preempt import Preempt
+from launcher.resume import begin
 from launcher.run_directory import Lock, Records, RunDirectory
 from launcher.runtime import in_ranks
 from launcher.verbs.train import TrainJob
@@ -47,7 +49,7 @@ def train(parts: Parts, records: Records) -> None:
         if parts.logging.due(step):
             record = parts.meter.summarise(parts.progress, batch, result)
             if parts.validation.due(step):
-                record |= parts.meter.timed("evaluate", parts.validation.loss, parts.engine)
+                record |= parts.meter.timed("evaluate", parts.validation.loss, parts.engine, step)
             parts.tracker.log(parts.progress, record)
         if parts.saving.due(step) or stop:
             parts.meter.timed("save", save, parts, result, records)
@@ -56,10 +58,16 @@ def train(parts: Parts, records: Records) -> None:
 
 
 def save(parts: Parts, result: StepResult, records: Records) -> None:
-    """Commits a checkpoint of this step, unless the step went wrong."""
-    finite(result, parts.progress.step)
-    path = parts.checkpoints.save(parts.progress.step, parts.participants)
-    records.event("saved", step=parts.progress.step, checkpoint=path.name)
+    """Writes a checkpoint of this step, unless the step went wrong."""
+    step = parts.progress.step
+    loss, _ = finite(result, step)
+    parts.checkpoints.save(
+        step,
+        parts.participants,
+        metrics={"loss": loss, **parts.validation.at(step)},
+        committed=partial(records.event, "saved", step=step),
+    )
+    parts.saving.saved()
 
 
 def work(job: TrainJob) -> int:
@@ -80,14 +88,13 @@ def _attempt(job: TrainJob, directory: RunDirectory, lock: Lock, ranks: Ranks, p
         if ranks.rank == 0:
             lock.take(ranks.attempt)
             directory.check_unchanged(job.config)
+            directory.check_not_lost()
             claim(directory.checkpoints, ranks.attempt)
     parts = assemble(job.config, directory, attempt=ranks.attempt, preempt=preempt)
-    newest = parts.checkpoints.newest()
-    if newest is not None:
-        parts.checkpoints.load(newest, parts.participants)
+    origin = begin(parts, job.config)
     records = Records(directory, attempt=ranks.attempt, writes=ranks.rank == 0)
-    records.begin(job.config, layout=parts.topology.describe(), step=parts.progress.step)
-    _introduce(job.config, parts, newest)
+    records.begin(job.config, layout=parts.topology.describe(), step=parts.progress.step, origin=origin)
+    _introduce(job.config, parts, origin)
     with parts.display.shown(step=parts.progress.step, total_steps=parts.progress.total_steps):
         train(parts, records)
     outcome = _ended(job, parts, ranks.attempt)
@@ -97,13 +104,14 @@ def _attempt(job: TrainJob, directory: RunDirectory, lock: Lock, ranks: Ranks, p
     return outcome
 
 
-def _introduce(config: RunConfig, parts: Parts, newest: Path | None) -> None:
+def _introduce(config: RunConfig, parts: Parts, origin: Path | None) -> None:
     vocabulary, topology = parts.vocabulary_size, parts.topology
     count = format_count(parameter_count(config.model, vocabulary))
     logger.info("model: %s parameters, a vocabulary of %s", count, f"{vocabulary:,}")
     logger.info("layout: %s", described(topology.describe(), topology.device.type))
-    if newest is not None:
-        logger.info("going on after step %d (%s)", parts.progress.step, newest)
+    if origin is not None:
+        going_on = f"going on after step {parts.progress.step}" if parts.progress.step else "starting from the weights"
+        logger.info("%s of %s", going_on, origin)
 
 
 def described(layout: Mapping[str, Any], device: str) -> str:

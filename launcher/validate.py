@@ -12,7 +12,7 @@ from data_pipeline.store import Store
 from launcher.config import RunConfig, flatten, missing, to_dict, total_steps
 from parallel.common.errors import ConfigError, Problem
 from parallel.common.units import parse_count
-from parallel.config import ScheduleName
+from parallel.config import BestMetric, ScheduleName
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _VOCABULARY_MULTIPLE = 128
@@ -23,11 +23,12 @@ _POSITIVE = (
     "train.steps", "train.global_batch_size", "train.micro_batch_size", "train.sequence_length",
     "train.log_every_steps", "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline",
     "optimizer.learning_rate", "optimizer.eps", "optimizer.schedule.decay_steps", "checkpoint.every_steps",
-    "checkpoint.keep", "evaluate.every_steps", "evaluate.batches",
+    "checkpoint.every_seconds", "checkpoint.keep", "checkpoint.keep_every_steps", "evaluate.every_steps",
+    "evaluate.batches",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "run.seed", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.schedule.warmup_steps",
-    "optimizer.schedule.min_learning_rate",
+    "optimizer.schedule.min_learning_rate", "checkpoint.keep_best",
 )  # fmt: skip
 
 
@@ -75,6 +76,10 @@ def _run(config: RunConfig) -> Iterator[Problem]:
         legal = "letters, digits, `.`, `_` and `-`, not beginning with a dot"
         raw = re.sub(r"[^A-Za-z0-9._-]+", "-", config.run.name).strip(".-")
         yield Problem(key="run.name", got=config.run.name, legal=f"{legal}, such as {raw or 'first'}")
+    best = config.checkpoint
+    if best.keep_best and best.best_by is BestMetric.validation_loss and config.evaluate.every_steps is None:
+        legal = "0 without evaluate.every_steps, for nothing is measured; or checkpoint.best_by=loss"
+        yield Problem(key="checkpoint.keep_best", got=best.keep_best, legal=legal)
 
 
 def _length(config: RunConfig) -> Iterator[Problem]:

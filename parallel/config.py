@@ -100,11 +100,41 @@ class OptimizerConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
+class BestMetric(StrEnum):
+    """By what a checkpoint is better than another: lower is better."""
+
+    validation_loss = "validation_loss"
+    """Of the checkpoints whose step was evaluated, too (`evaluate.every_steps`)."""
+    loss = "loss"
+    """Training loss of the checkpoint's own step: noisy."""
+
+
+class LoadParts(StrEnum):
+    """What a run takes from the checkpoint that it starts from."""
+
+    everything = "everything"
+    """Weights, moments, schedule, progress and the place in the data: the run goes on after that step."""
+    weights = "weights"
+    """Weights alone: the run begins at step 0."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """When checkpoints are written and how many stay. The last step and a stop are always saved."""
+    """When checkpoints are written, which stay, what a run starts from. The last step and a stop are always saved."""
 
     every_steps: int = 1000
     """Steps between two checkpoints."""
+    every_seconds: float | None = None
+    """Also save where so much time has passed since the last save, on rank 0's clock."""
     keep: int = 3
     """Newest whole checkpoints that stay; at least 1."""
+    keep_every_steps: int | None = None
+    """Checkpoints of every so many steps stay for ever."""
+    keep_best: int = 0
+    """How many checkpoints stay for having the lowest `best_by`."""
+    best_by: BestMetric = BestMetric.validation_loss
+    load: str | None = None
+    """Checkpoint of another run that a run without one of its own starts from: a step directory, RUN or RUN@STEP."""
+    load_parts: LoadParts = LoadParts.everything
+    fallback: bool = False
+    """Where the newest checkpoint is damaged, put it aside and go on from the newest whole one, instead of stopping."""

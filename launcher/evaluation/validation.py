@@ -35,6 +35,7 @@ class Validation:
         every = config.evaluate.every_steps
         self.schedule = Every(every, besides=() if every is None else (total_steps,))
         self._batches: Sequence[dict[str, Tensor]] = ()
+        self._latest: tuple[int, dict[str, float]] = (0, {})
         if every is not None:
             batches = validation_batches(config, store=store, topology=topology)
             self._batches = list(islice(batches, config.evaluate.batches))
@@ -43,11 +44,16 @@ class Validation:
         """Whether to look after this step."""
         return self.schedule.due(step)
 
-    def loss(self, engine: Engine) -> dict[str, float]:
-        """`{"validation_loss": mean nats a token}`; all ranks call this together."""
+    def loss(self, engine: Engine, step: int) -> dict[str, float]:
+        """`{"validation_loss": mean nats a token}` after this step; all ranks call this together."""
         total = weight = 0.0
         for batch in self._batches:
             result = engine.evaluate(batch)
             total += result.loss.item() * result.weight.item()
             weight += result.weight.item()
-        return {"validation_loss": total / weight}
+        self._latest = step, {"validation_loss": total / weight}
+        return self.at(step)
+
+    def at(self, step: int) -> dict[str, float]:
+        """What `loss` found after this step; empty if it did not look then."""
+        return dict(self._latest[1]) if step == self._latest[0] else {}

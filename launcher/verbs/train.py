@@ -11,6 +11,7 @@ from pathlib import Path
 from data_pipeline.store import Store
 from launcher import config as configuration
 from launcher.config import RunConfig
+from launcher.places import find_step
 from launcher.run_directory import Lock, RunDirectory
 from launcher.start import available_ranks, start_ranks
 from launcher.validate import check_training
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str]) -> int | Work:
     path = _checked(config, wanted)
     directory = RunDirectory(path)
     directory.check_unchanged(config)
+    if config.checkpoint.load is not None and not directory.has_checkpoint():
+        find_step(config.checkpoint.load)
     Lock.check_free(directory.lock)
     if directory.finished(config):
         if is_first_rank():

@@ -7,25 +7,31 @@
 
 The layout that wrote a checkpoint is a record in its manifest; any other layout loads it, because every tensor is kept
 under a global name with its global shape. There is no `latest` file: the newest is the highest step with a whole
-manifest. One process group at a time may save into a run; the launcher's lock sees to that.
+manifest. One process group at a time may save into a run; the launcher's lock and the fence see to that.
 """
 
 import logging
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
+from parallel.checkpoint.agreement import agreed, exchange
 from parallel.checkpoint.fence import Fence
 from parallel.checkpoint.load import load
-from parallel.checkpoint.manifest import fingerprint, versions, whole_steps
-from parallel.checkpoint.retention import keep_newest
-from parallel.checkpoint.save import save
+from parallel.checkpoint.manifest import DamagedCheckpoint, Manifest, step_directories
+from parallel.checkpoint.retention import Retention, prune
+from parallel.checkpoint.save import Content, StepWriter, put_aside
 from parallel.common.stateful import Stateful
 
 logger = logging.getLogger(__name__)
+
+Committed = Callable[..., None]
+"""Called on rank 0 after a commit with `checkpoint`, the directory's name, and `seconds`, what writing it took."""
 
 
 class Checkpoints:
@@ -33,52 +39,95 @@ class Checkpoints:
 
     Args:
         root: the run's `checkpoints` directory; made at the first save.
-        keep: newest whole checkpoints that stay, at least 1.
+        retention: which checkpoints stay.
         fence: names this start of the run, in letters, digits, `.`, `_` and `-`; sees whether the run is its own.
         layout: JSON record of the parallel degrees.
-        config: JSON form of the run's configuration; its fingerprint is recorded.
+        config: JSON form of the run's configuration; recorded.
+        group: all ranks over the hosts (gloo), for what they agree on; by default torch's own group of all ranks.
     """
 
-    def __init__(self, root: Path, *, keep: int, fence: Fence, layout: dict[str, Any], config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        retention: Retention,
+        fence: Fence,
+        layout: dict[str, Any],
+        config: dict[str, Any],
+        group: ProcessGroup | None = None,
+    ) -> None:
         assert re.fullmatch(r"[A-Za-z0-9._-]+", fence.attempt), fence.attempt
         self.root = root
-        self._keep = keep
-        self._fence = fence
-        self._layout = layout
-        self._config_fingerprint = fingerprint(config)
+        self._retention = retention
+        self._group = group
+        self._writer = StepWriter(root=root, fence=fence, layout=layout, config=config, group=group)
 
-    def save(self, step: int, participants: Mapping[str, Stateful]) -> Path:
+    def save(
+        self,
+        step: int,
+        participants: Mapping[str, Stateful],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        committed: Committed | None = None,
+    ) -> None:
         """Writes and commits the checkpoint of `step`, then removes old ones; every rank calls this.
+
+        Args:
+            step: optimizer steps done.
+            participants: what it keeps, by name.
+            metrics: what is known of this step, for the manifest and for `best_by`.
+            committed: told of the commit.
 
         Raises:
             UserError: on all ranks; see `parallel.checkpoint.save`.
         """
-        path = save(
-            self.root,
-            step,
-            participants,
-            fence=self._fence,
-            layout=self._layout,
-            config_fingerprint=self._config_fingerprint,
-            versions=versions(),
-        )
-        if dist.get_rank() == 0:
-            keep_newest(self.root, self._keep, path)
-        return path
+        started = time.perf_counter()
+        content = Content.of(step, participants, metrics or {})
+        self._writer.prepare(step)
+        path = self._writer.write(content)
+        with agreed(f"finish the checkpoint {path}", self._group):
+            if dist.get_rank() == 0:
+                if committed is not None:
+                    committed(checkpoint=path.name, seconds=time.perf_counter() - started)
+                prune(self.root, self._retention, besides=(path,))
 
-    def load(self, path: Path, participants: Mapping[str, Stateful]) -> None:
+    def load(self, path: Path, participants: Mapping[str, Stateful]) -> Manifest:
         """Gives each participant its state back from a step directory, after verifying it; every rank calls this.
 
         Raises:
             UserError: on all ranks; see `parallel.checkpoint.load`.
         """
-        manifest = load(path, participants)
+        manifest = load(path, participants, self._group)
         logger.info("loaded %s, written by attempt %s in layout %s", path, manifest.attempt, manifest.layout)
+        return manifest
 
-    def newest(self) -> Path | None:
-        """The step directory with the highest step whose manifest is whole."""
-        return max(whole_steps(self.root).items(), default=(0, None))[1]
+    def resume(self, participants: Mapping[str, Stateful], *, fallback: bool) -> Path | None:
+        """Goes on from the newest checkpoint, or says that there is none; every rank calls this.
 
-    def steps(self) -> list[int]:
-        """The steps with a whole manifest, ascending."""
-        return list(whole_steps(self.root))
+        Args:
+            participants: who gets a state back.
+            fallback: whether a damaged checkpoint is put aside, so that the newest whole one is taken. Without it the
+                newest is loaded or refused, because going back must not happen unseen.
+
+        Raises:
+            DamagedCheckpoint: on all ranks; names the damaged file. With `fallback`, if no checkpoint is left.
+            UserError: on all ranks; the checkpoint does not fit.
+        """
+        damaged: list[str] = []
+        found = list(step_directories(self.root).values())
+        for path in reversed(exchange(found, self._group)[0]):  # as rank 0 sees it, wherever a file server is late
+            try:
+                self.load(path, participants)
+            except DamagedCheckpoint as error:
+                if not fallback:
+                    hint = "checkpoint.fallback=true puts it aside and goes on from the newest whole one"
+                    raise DamagedCheckpoint(f"{error}; {hint}") from error
+                damaged.append(str(error))
+                with agreed(f"put {path} aside", self._group):
+                    if dist.get_rank() == 0:
+                        put_aside(path, self._writer.fence.attempt, error)
+            else:
+                return path
+        if damaged:
+            raise DamagedCheckpoint(f"no checkpoint of the run is whole: {'; '.join(damaged)}")
+        return None

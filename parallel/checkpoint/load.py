@@ -12,16 +12,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
+from torch.distributed import ProcessGroup
 
 from parallel.checkpoint.agreement import agreed, exchange
-from parallel.checkpoint.manifest import MANIFEST, STATE, TENSORS, FileRecord, Manifest
+from parallel.checkpoint.integrity import check_files
+from parallel.checkpoint.manifest import STATE, TENSORS, DamagedCheckpoint, Manifest
 from parallel.checkpoint.shards import read_shards
 from parallel.common.errors import UserError
-from parallel.common.files import hash_file
 from parallel.common.stateful import Stateful
 
 
-def load(path: Path, participants: Mapping[str, Stateful]) -> Manifest:
+def load(path: Path, participants: Mapping[str, Stateful], group: ProcessGroup | None = None) -> Manifest:
     """Gives each participant its state back from the step directory `path`; every rank calls this.
 
     A participant with tensors is asked for its `state_dict()` first: its sharded tensors say which part of which
@@ -29,14 +30,14 @@ def load(path: Path, participants: Mapping[str, Stateful]) -> Manifest:
     Participants of the checkpoint that are not asked for are passed over.
 
     Raises:
-        UserError: on all ranks; the checkpoint is damaged, or does not fit. No participant has been given anything
-            then, though tensors that alias live memory may have been filled.
+        DamagedCheckpoint: on all ranks; a file is not what was written.
+        UserError: on all ranks; the checkpoint does not fit. In both cases no participant has been given anything,
+            though tensors that alias live memory may have been filled.
     """
     doing = f"load the checkpoint {path}"
-    with agreed(doing):
+    with agreed(doing, group):
         manifest = Manifest.read(path)
-        check_names(path, manifest)
-        check_files(path, manifest, dist.get_rank(), dist.get_world_size())
+        check_files(path, manifest, share=dist.get_rank(), shares=dist.get_world_size())
         states = _json_states(path, manifest, participants)
     # Outside `agreed`: a participant may gather its state over ranks, and scatter it.
     templates = {
@@ -44,8 +45,8 @@ def load(path: Path, participants: Mapping[str, Stateful]) -> Manifest:
         for name, participant in participants.items()
         if manifest.participants[name] is not None
     }
-    _check_keys(path, manifest, templates)
-    with agreed(doing):
+    _check_keys(path, manifest, templates, group)
+    with agreed(doing, group):
         shards = [tensor for template in templates.values() for tensor in template.values()]
         inside = {
             name.removeprefix(f"{TENSORS}/"): record
@@ -62,35 +63,6 @@ def load(path: Path, participants: Mapping[str, Stateful]) -> Manifest:
     return manifest
 
 
-def check_names(path: Path, manifest: Manifest) -> None:
-    """Every file of the manifest is there, and no other."""
-    there = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir() or file.is_symlink()}
-    expected = set(manifest.files) | {MANIFEST}
-    for name in sorted(expected - there):
-        raise UserError(f"{path / name} is missing: the checkpoint is damaged")
-    for name in sorted(there - expected):
-        raise UserError(f"{path / name} is unexpected: it does not belong to the checkpoint")
-    for name in sorted(expected):
-        if (path / name).is_symlink():
-            raise UserError(f"{path / name} is a link: a checkpoint has only plain files")
-
-
-def check_files(path: Path, manifest: Manifest, rank: int, world_size: int) -> None:
-    """Sizes of all files, hashes of this rank's share of them."""
-    by_size = sorted(manifest.files.items(), key=lambda item: (-item[1].bytes, item[0]))
-    for number, (name, record) in enumerate(by_size):
-        size = (path / name).stat().st_size
-        if size != record.bytes:
-            raise UserError(f"{path / name} is damaged: it has {size} bytes instead of {record.bytes}")
-        if number % world_size == rank:
-            _check_hash(path / name, record)
-
-
-def _check_hash(path: Path, record: FileRecord) -> None:
-    if hash_file(path) != record.hash:
-        raise UserError(f"{path} is damaged: its content does not match the manifest's hash")
-
-
 def _json_states(path: Path, manifest: Manifest, participants: Mapping[str, Stateful]) -> dict[str, Any]:
     """The states in `state.json`, after checking that the checkpoint knows every participant."""
     for name in participants:
@@ -101,13 +73,17 @@ def _json_states(path: Path, manifest: Manifest, participants: Mapping[str, Stat
         states = json.loads((path / STATE).read_bytes())
         return {name: states[name] for name in participants if manifest.participants[name] is None}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / STATE} is refused: it is not the state of the participants ({error!r})") from None
+        raise DamagedCheckpoint(
+            f"{path / STATE} is refused: it is not the state of the participants ({error!r})"
+        ) from None
 
 
-def _check_keys(path: Path, manifest: Manifest, templates: Mapping[str, Mapping[str, ShardedTensor]]) -> None:
+def _check_keys(
+    path: Path, manifest: Manifest, templates: Mapping[str, Mapping[str, ShardedTensor]], group: ProcessGroup | None
+) -> None:
     """What the checkpoint holds for a participant is what the ranks ask for, together: nothing more, nothing less."""
     mine = {name: {tensor.key for tensor in template.values()} for name, template in templates.items()}
-    everywhere = exchange(mine)
+    everywhere = exchange(mine, group)
     for name in templates:
         wanted = set().union(*(rank[name] for rank in everywhere))
         stored = set(manifest.participants[name] or ())

@@ -8,8 +8,10 @@ Imports without torch: listing checkpoints is quick.
     step                optimizer steps done
     attempt             the start of the run that wrote it
     layout              parallel degrees and ZeRO stage that wrote it: a record, never needed for loading
-    config_fingerprint  xxh3-128 of the run's configuration as canonical JSON
+    config              the run's configuration, so that a checkpoint alone says what model it holds
+    config_fingerprint  xxh3-128 of it as canonical JSON
     versions            of what wrote it
+    metrics             {name: number} known at this step, the loss and perhaps the validation loss
     participants        {name: null for JSON state, else the list of its tensors' keys}
     files               {path: {bytes, hash}}, everything in the directory but the manifest
     checksum            xxh3-128 of all of the above as canonical JSON
@@ -38,6 +40,10 @@ _STEP_NAME = re.compile(r"step-(\d{8,})")
 _RECORDED_PACKAGES = ("bloomery", "torch", "megatron-core", "deepspeed")
 
 
+class DamagedCheckpoint(UserError):
+    """A checkpoint is not as it was written; the sentence names the file."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileRecord:
     """What a file must be."""
@@ -54,8 +60,10 @@ class Manifest:
     step: int
     attempt: str
     layout: dict[str, Any]
+    config: dict[str, Any]
     config_fingerprint: str
     versions: dict[str, str]
+    metrics: dict[str, float]
     participants: dict[str, list[str] | None]
     files: dict[str, FileRecord]
 
@@ -69,7 +77,8 @@ class Manifest:
         """Reads and checks `manifest.json`.
 
         Raises:
-            UserError: there is none, it is damaged, of a newer format, or of another step than the directory's name.
+            DamagedCheckpoint: there is none, it is damaged, or of another step than the directory's name.
+            UserError: it is of a newer format.
         """
         path = directory / MANIFEST
         try:
@@ -77,17 +86,19 @@ class Manifest:
             checksum = content.pop("checksum")
             whole = checksum == fingerprint(content)
         except FileNotFoundError:
-            raise UserError(f"{directory} is not a checkpoint: it has no {MANIFEST}") from None
+            raise DamagedCheckpoint(f"{directory} is not a checkpoint: it has no {MANIFEST}") from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{path} is damaged: it cannot be read as a manifest ({error})") from None
+            raise DamagedCheckpoint(f"{path} is damaged: it cannot be read as a manifest ({error})") from None
         if not whole:
-            raise UserError(f"{path} is damaged: its checksum does not match")
+            raise DamagedCheckpoint(f"{path} is damaged: its checksum does not match")
         if content.pop("format") != FORMAT:
             raise UserError(f"{path} is of a format that this version does not know: expected format {FORMAT}")
         files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
         manifest = cls(**content, files=files)
         if directory.name != step_name(manifest.step):
-            raise UserError(f"{path} belongs to {step_name(manifest.step)}, not to a directory called {directory.name}")
+            raise DamagedCheckpoint(
+                f"{path} belongs to {step_name(manifest.step)}, not to a directory called {directory.name}"
+            )
         return manifest
 
 
@@ -112,13 +123,23 @@ def versions() -> dict[str, str]:
     return found
 
 
-def whole_steps(root: Path) -> dict[int, Path]:
-    """The step directories under `root` with a whole manifest, oldest first."""
-    found: dict[int, Path] = {}
-    for path in root.glob("step-*"):
-        if _STEP_NAME.fullmatch(path.name):
-            try:
-                found[Manifest.read(path).step] = path
-            except UserError as error:
-                logger.warning("%s; it is passed over", error)
+def step_directories(root: Path) -> dict[int, Path]:
+    """{step: directory} of everything under `root` that is called like a step, ascending; whole or not."""
+    found = {int(name[1]): path for path in root.glob("step-*") if (name := _STEP_NAME.fullmatch(path.name))}
     return dict(sorted(found.items()))
+
+
+def whole_manifests(root: Path) -> dict[Path, Manifest]:
+    """{step directory: manifest} of the steps under `root` with a whole manifest, ascending."""
+    found: dict[Path, Manifest] = {}
+    for path in step_directories(root).values():
+        try:
+            found[path] = Manifest.read(path)
+        except UserError as error:
+            logger.warning("%s; it is passed over", error)
+    return found
+
+
+def whole_steps(root: Path) -> dict[int, Path]:
+    """{step: directory} of the steps under `root` with a whole manifest, ascending."""
+    return {manifest.step: path for path, manifest in whole_manifests(root).items()}

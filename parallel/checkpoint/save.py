@@ -10,19 +10,22 @@ A kill before 5 leaves a dot-directory that is no checkpoint, a kill after it a 
 error on all; the half-written directory is removed.
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from parallel.checkpoint.agreement import agreed, as_user_error, exchange
 from parallel.checkpoint.fence import WRITING, Fence
-from parallel.checkpoint.manifest import STATE, TENSORS, FileRecord, Manifest, fingerprint, step_name
+from parallel.checkpoint.manifest import STATE, TENSORS, FileRecord, Manifest, fingerprint, step_name, versions
 from parallel.checkpoint.shards import write_shards
 from parallel.common.errors import UserError
 from parallel.common.faults import fault_point
@@ -32,59 +35,119 @@ from parallel.common.stateful import Stateful
 logger = logging.getLogger(__name__)
 
 
-def save(
-    root: Path,
-    step: int,
-    participants: Mapping[str, Stateful],
-    *,
-    fence: Fence,
-    layout: dict[str, Any],
-    config_fingerprint: str,
-    versions: dict[str, str],
-) -> Path:
-    """Writes and commits `root/step-STEP`; every rank calls this.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Content:
+    """What goes into one checkpoint from this rank."""
 
-    Raises:
-        UserError: on all ranks; the step exists, a file cannot be written (which, and why), or the run has gone over
-            to another attempt. No checkpoint that stood before is touched.
-    """
-    target = root / step_name(step)
-    temporary = root / f"{WRITING}{fence.attempt}-{step:08d}"
-    doing = f"save the checkpoint {target}"
-    with agreed(doing):
-        if dist.get_rank() == 0:
-            fence.check(doing)
-            _prepare(target, temporary, fence.attempt)
-    try:
-        # Outside `agreed`: a participant may gather its state over ranks.
-        states = {name: participant.state_dict() for name, participant in participants.items()}
-        with agreed(doing):
-            contents = {name: _content(name, state) for name, state in states.items()}
-        tensor_keys = _tensor_keys(contents)
-        tensors = [value for name in tensor_keys for value in states[name].values()]
-        json_states = {name: state for name, state in states.items() if name not in tensor_keys}
-        files = _write_tensors(temporary, tensors, doing) if tensor_keys else {}
-        with agreed(doing):
+    step: int
+    metrics: dict[str, float]
+    tensors: dict[str, list[ShardedTensor]]
+    """By participant; empty for one whose state is JSON, or whose tensors are all on other ranks."""
+    states: dict[str, Any]
+    """The JSON states by participant, of all that have no tensors here."""
+
+    @classmethod
+    def of(cls, step: int, participants: Mapping[str, Stateful], metrics: Mapping[str, float]) -> "Content":
+        """Asks every participant for its state; tensors are the participants' own memory, JSON is copied."""
+        tensors: dict[str, list[ShardedTensor]] = {}
+        states: dict[str, Any] = {}
+        for name, participant in participants.items():
+            state = participant.state_dict()
+            tensors[name] = [value for value in state.values() if isinstance(value, ShardedTensor)]
+            if not tensors[name]:
+                states[name] = json.loads(json.dumps(state, allow_nan=False))
+            elif len(tensors[name]) < len(state):
+                raise TypeError(f"the state of {name} mixes sharded tensors with other values")
+        return cls(step=step, metrics=dict(metrics), tensors=tensors, states=states)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepWriter:
+    """Writes the checkpoints of one attempt; every rank calls its methods."""
+
+    root: Path
+    """The run's `checkpoints` directory; made at the first save."""
+    fence: Fence
+    layout: dict[str, Any]
+    config: dict[str, Any]
+    group: ProcessGroup | None
+    """All ranks over the hosts, for what they agree on; by default torch's own group of all ranks."""
+
+    def prepare(self, step: int) -> None:
+        """Makes the directory that `write` fills.
+
+        Raises:
+            UserError: on all ranks; the step exists, the directory cannot be made, or the run has gone over to another
+                attempt.
+        """
+        doing = self._doing(step)
+        with agreed(doing, self.group):
             if dist.get_rank() == 0:
-                write_json(temporary / STATE, json_states)
-                files[STATE] = FileRecord(bytes=(temporary / STATE).stat().st_size, hash=hash_file(temporary / STATE))
-                fault_point("checkpoint.before_manifest")
-                Manifest(
-                    step=step,
-                    attempt=fence.attempt,
-                    layout=layout,
-                    config_fingerprint=config_fingerprint,
-                    versions=versions,
-                    participants={name: tensor_keys.get(name) for name in states},
-                    files=dict(sorted(files.items())),
-                ).write(temporary)
-                fault_point("checkpoint.after_manifest")
-                _commit(temporary, target, fence, doing)
-    except Exception:
-        if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return target
+                self.fence.check(doing)
+                _prepare(self.root / step_name(step), self._temporary(step), self.fence.attempt)
+
+    def write(self, content: Content) -> Path:
+        """Writes and commits `root/step-STEP`.
+
+        Raises:
+            UserError: on all ranks; a file cannot be written (which, and why), or the run has gone over to another
+                attempt. No checkpoint that stood before is touched.
+        """
+        target, temporary = self.root / step_name(content.step), self._temporary(content.step)
+        doing = self._doing(content.step)
+        try:
+            keys = _keys(content, self.group)
+            tensors = [tensor for name in keys for tensor in content.tensors[name]]
+            files = self._write_tensors(temporary, tensors, doing) if keys else {}
+            with agreed(doing, self.group):
+                if dist.get_rank() == 0:
+                    self._seal(temporary, content, keys, files)
+                    _commit(temporary, target, self.fence, doing)
+        except Exception:
+            if dist.get_rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return target
+
+    def _doing(self, step: int) -> str:
+        return f"save the checkpoint {self.root / step_name(step)}"
+
+    def _temporary(self, step: int) -> Path:
+        return self.root / f"{WRITING}{self.fence.attempt}-{step:08d}"
+
+    def _write_tensors(self, temporary: Path, tensors: list[ShardedTensor], doing: str) -> dict[str, FileRecord]:
+        """Every rank's shards; returns the files of all ranks, paths relative to the step directory."""
+        try:
+            mine = write_shards(temporary / TENSORS, tensors, self.group)
+        except CheckpointException as error:  # raised on all ranks alike
+            rank, (cause, _) = min(error.failures.items())
+            if isinstance(cause, OSError):
+                raise as_user_error(cause, f"{doing} on rank {rank}") from error
+            raise RuntimeError(f"rank {rank} cannot {doing}: {cause}") from error
+        with agreed(doing, self.group):
+            if dist.get_rank() == 0:
+                sync_directory(temporary / TENSORS)
+        return {f"{TENSORS}/{name}": record for files in exchange(mine, self.group) for name, record in files.items()}
+
+    def _seal(
+        self, temporary: Path, content: Content, keys: Mapping[str, list[str]], files: dict[str, FileRecord]
+    ) -> None:
+        """Everything that is not tensors, the manifest last."""
+        write_json(temporary / STATE, {name: state for name, state in content.states.items() if name not in keys})
+        files[STATE] = FileRecord(bytes=(temporary / STATE).stat().st_size, hash=hash_file(temporary / STATE))
+        fault_point("checkpoint.before_manifest")
+        Manifest(
+            step=content.step,
+            attempt=self.fence.attempt,
+            layout=self.layout,
+            config=self.config,
+            config_fingerprint=fingerprint(self.config),
+            versions=versions(),
+            metrics=content.metrics,
+            participants={name: keys.get(name) for name in content.tensors},
+            files=dict(sorted(files.items())),
+        ).write(temporary)
+        fault_point("checkpoint.after_manifest")
 
 
 def _prepare(target: Path, temporary: Path, attempt: str) -> None:
@@ -93,10 +156,7 @@ def _prepare(target: Path, temporary: Path, attempt: str) -> None:
         try:
             Manifest.read(target)
         except UserError as error:
-            # No crash of ours leaves this: the disk was damaged. It is kept for whoever wants to look.
-            aside = target.with_name(f".damaged-{target.name}-before-{attempt}")
-            target.rename(aside)
-            logger.warning("%s; it was renamed to %s", error, aside)
+            put_aside(target, attempt, error)
         else:
             raise UserError(f"{target} exists already: a checkpoint is never overwritten")
     if temporary.exists():
@@ -104,19 +164,22 @@ def _prepare(target: Path, temporary: Path, attempt: str) -> None:
     (temporary / TENSORS).mkdir(parents=True)
 
 
-def _content(name: str, state: Mapping[str, Any]) -> tuple[set[str], str]:
-    """What a state is on this rank: the names of its global tensors, or a fingerprint of its JSON."""
-    keys = {value.key for value in state.values() if isinstance(value, ShardedTensor)}
-    if keys and not all(isinstance(value, ShardedTensor) for value in state.values()):
-        raise TypeError(f"the state of {name} mixes sharded tensors with other values")
-    return keys, "" if keys else fingerprint(state)
+def put_aside(path: Path, attempt: str, why: object) -> None:
+    """Renames a damaged step directory, for whoever wants to look; no crash of ours leaves one."""
+    aside = path.with_name(f".damaged-{path.name}-before-{attempt}")
+    path.rename(aside)
+    logger.warning("%s; it was renamed to %s", why, aside)
 
 
-def _tensor_keys(contents: Mapping[str, tuple[set[str], str]]) -> dict[str, list[str]]:
+def _keys(content: Content, group: ProcessGroup | None) -> dict[str, list[str]]:
     """The participants whose state is sharded tensors, with the names of their global tensors on all ranks."""
-    everywhere = exchange(contents)
+    mine = {
+        name: ({tensor.key for tensor in tensors}, "" if tensors else fingerprint(content.states[name]))
+        for name, tensors in content.tensors.items()
+    }
+    everywhere = exchange(mine, group)
     keys: dict[str, list[str]] = {}
-    for name in contents:
+    for name in mine:
         union = set().union(*(rank[name][0] for rank in everywhere))
         if union:
             keys[name] = sorted(union)
@@ -126,21 +189,6 @@ def _tensor_keys(contents: Mapping[str, tuple[set[str], str]]) -> dict[str, list
     if len(owned) != len(set(owned)):
         raise RuntimeError("two participants use the same name for a tensor")
     return keys
-
-
-def _write_tensors(temporary: Path, tensors: list[ShardedTensor], doing: str) -> dict[str, FileRecord]:
-    """Every rank's shards; returns the files of all ranks, paths relative to the step directory."""
-    try:
-        mine = write_shards(temporary / TENSORS, tensors)
-    except CheckpointException as error:  # raised on all ranks alike
-        rank, (cause, _) = min(error.failures.items())
-        if isinstance(cause, OSError):
-            raise as_user_error(cause, f"{doing} on rank {rank}") from error
-        raise RuntimeError(f"rank {rank} cannot {doing}: {cause}") from error
-    with agreed(doing):
-        if dist.get_rank() == 0:
-            sync_directory(temporary / TENSORS)
-    return {f"{TENSORS}/{name}": record for files in exchange(mine) for name, record in files.items()}
 
 
 def _commit(temporary: Path, target: Path, fence: Fence, doing: str) -> None:

@@ -26,12 +26,13 @@ import xxhash
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.dist_checkpointing.strategies.torch import mcore_to_pyt_state_dict
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from parallel.checkpoint.manifest import FileRecord
+from parallel.checkpoint.manifest import DamagedCheckpoint, FileRecord
 from parallel.common.errors import UserError
 from parallel.common.faults import fault_point
 
@@ -137,8 +138,10 @@ def _elements(item: WriteItem) -> int:
     return math.prod(item.tensor_data.chunk.sizes)
 
 
-def write_shards(directory: Path, tensors: Iterable[ShardedTensor]) -> dict[str, FileRecord]:
-    """Writes the ranks' shards to `directory`, each replicated shard once; every rank calls this.
+def write_shards(
+    directory: Path, tensors: Iterable[ShardedTensor], group: ProcessGroup | None = None
+) -> dict[str, FileRecord]:
+    """Writes the ranks' shards to `directory`, each replicated shard once; every rank of the group calls this.
 
     Returns:
         The files that this rank wrote, by their names in the directory.
@@ -150,7 +153,7 @@ def write_shards(directory: Path, tensors: Iterable[ShardedTensor]) -> dict[str,
     assert all(tensor.data is not None for tensor in main)
     writer = Writer(directory)
     planner = SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp.save(mcore_to_pyt_state_dict(_by_key(main)), storage_writer=writer, planner=planner)
+    dcp.save(mcore_to_pyt_state_dict(_by_key(main)), storage_writer=writer, planner=planner, process_group=group)
     return writer.recorder.records
 
 
@@ -163,7 +166,8 @@ def read_shards(directory: Path, tensors: Iterable[ShardedTensor], files: Mappin
         files: what the manifest says that the directory holds.
 
     Raises:
-        UserError: a file is not what `write_shards` writes, or a tensor is missing or has another shape.
+        DamagedCheckpoint: a file is not what `write_shards` writes, or a tensor is missing.
+        UserError: a tensor has another shape.
     """
     wanted = _by_key([tensor for tensor in tensors if math.prod(tensor.local_shape)])
     reader = Reader(directory, files)
@@ -171,7 +175,7 @@ def read_shards(directory: Path, tensors: Iterable[ShardedTensor], files: Mappin
     for key, shards in wanted.items():
         stored = metadata.state_dict_metadata.get(key)
         if not isinstance(stored, TensorStorageMetadata):
-            raise UserError(f"{directory} has no tensor {key}")
+            raise DamagedCheckpoint(f"{directory} has no tensor {key}")
         if tuple(stored.size) != tuple(shards[0].global_shape):
             raise UserError(
                 f"{key} has the shape {tuple(stored.size)} in {directory}, but {tuple(shards[0].global_shape)} here"
@@ -226,7 +230,7 @@ class Reader(dcp.FileSystemReader):
                 metadata = _MetadataUnpickler(file).load()
             self._check(metadata)
         except Exception as error:  # a pickle of garbage raises almost anything
-            raise UserError(f"{path} is refused: it is not the metadata of tensors ({error})") from None
+            raise DamagedCheckpoint(f"{path} is refused: it is not the metadata of tensors ({error})") from None
         return metadata
 
     def _check(self, metadata: Any) -> None:
@@ -250,7 +254,7 @@ class Reader(dcp.FileSystemReader):
                 super().read_data(replace(plan, items=items), planner).wait()
             except Exception as error:
                 path = self.directory / name
-                raise UserError(f"{path} is refused: its tensors cannot be read ({error})") from None
+                raise DamagedCheckpoint(f"{path} is refused: its tensors cannot be read ({error})") from None
         done: Future[None] = Future()
         done.set_result(cast(None, None))
         return done

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 
-from parallel.checkpoint.load import check_files, check_names
+from parallel.checkpoint.integrity import check_files
 from parallel.checkpoint.manifest import TENSORS, FileRecord, Manifest
 from parallel.checkpoint.shards import Reader, SavePlanner, Writer
 from parallel.common.errors import UserError
@@ -29,8 +29,7 @@ class StoredTensors:
             UserError: the checkpoint is damaged; it names the file.
         """
         manifest = Manifest.read(path)
-        check_names(path, manifest)
-        check_files(path, manifest, 0, 1)
+        check_files(path, manifest)
         inside = {name.removeprefix(f"{TENSORS}/"): record for name, record in manifest.files.items()}
         self._path = path
         self._reader = Reader(path / TENSORS, inside)

@@ -17,6 +17,7 @@ from launcher.verify.measure import Case, batch_of, engine_of
 from launcher.verify.world import run_world
 from parallel.checkpoint.checkpoints import Checkpoints
 from parallel.checkpoint.fence import Fence
+from parallel.checkpoint.retention import Retention
 from parallel.engine import Engine
 from tests.distributed.layouts import tiny
 
@@ -46,7 +47,7 @@ def _case(name: str, dtype: torch.dtype) -> Case:
 
 def _checkpoints(root: Path) -> Checkpoints:
     fence = Fence(attempt="test", holder=lambda: "test")
-    return Checkpoints(root, keep=3, fence=fence, layout={}, config={})
+    return Checkpoints(root, retention=Retention(newest=3), fence=fence, layout={}, config={})
 
 
 def _view(engine: Engine) -> dict[str, Any]:
@@ -78,9 +79,7 @@ def _train_and_save(root: Path, case: Case) -> tuple[dict[str, Any], tuple[str, 
 def _load(root: Path, case: Case) -> tuple[dict[str, Any], tuple[str, str]]:
     engine = engine_of(case)
     checkpoints = _checkpoints(root)
-    path = checkpoints.newest()
-    assert path
-    checkpoints.load(path, engine.participants())
+    assert checkpoints.resume(engine.participants(), fallback=False)
     return _view(engine), _next_step(case, engine)
 
 

@@ -12,6 +12,8 @@ from launcher.verify.world import run_world
 from parallel.checkpoint.agreement import agreed
 from parallel.checkpoint.checkpoints import Checkpoints
 from parallel.checkpoint.fence import Fence, claim
+from parallel.checkpoint.manifest import whole_steps
+from parallel.checkpoint.retention import Retention
 
 ROWS, COLUMNS, LAYERS = 8, 6, 4
 
@@ -94,7 +96,13 @@ def global_tensor(name: str, seed: int | None) -> torch.Tensor:
 
 def checkpoints(root: Path, *, keep: int = 10, attempt: str = "first") -> Checkpoints:
     fence = Fence(attempt=attempt, holder=lambda: attempt)
-    return Checkpoints(root, keep=keep, fence=fence, layout={"ranks": 2}, config={"seed": 1})
+    retention = Retention(newest=keep)
+    return Checkpoints(root, retention=retention, fence=fence, layout={"ranks": 2}, config={"seed": 1})
+
+
+def newest_step(root: Path) -> Path | None:
+    """The step directory with the highest step whose manifest is whole."""
+    return max(whole_steps(root).items(), default=(0, None))[1]
 
 
 def save(root: Path, layout: str = "tensor", steps: tuple[int, ...] = (1,), keep: int = 10, attempt: str = "a") -> None:
@@ -113,7 +121,7 @@ def save(root: Path, layout: str = "tensor", steps: tuple[int, ...] = (1,), keep
 
 def load(root: Path, layout: str = "tensor", path: Path | None = None) -> int:
     """One rank's work: loads `path`, by default the newest, asserts every bit, and returns its step."""
-    found = path or checkpoints(root).newest()
+    found = path or newest_step(root)
     assert found
     step = int(found.name.removeprefix("step-"))
     weights, moments, progress = Weights(layout), Weights(layout, "moments"), Counter()
@@ -138,6 +146,6 @@ def with_fault(fault: str, rank: int, function: Any, *args: Any) -> Any:
 def saved(root: Path, world_size: int = 1, **options: Any) -> Path:
     """Saves in a world of its own and returns the newest step's directory."""
     run_world(lambda: save(root, **options), world_size)
-    found = checkpoints(root).newest()
+    found = newest_step(root)
     assert found
     return found

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from launcher.verify.world import run_world
-from parallel.checkpoint.manifest import Manifest
+from parallel.checkpoint.manifest import Manifest, whole_steps
 from parallel.common.errors import UserError
 from tests.parallel.checkpoint_world import Counter, Weights, checkpoints, load, save, saved
 
@@ -54,9 +54,9 @@ def test_stacked_layers_and_numbers_of_all_kinds_round_trip(tmp_path: Path) -> N
             self.state = state
 
     def there_and_back() -> None:
-        path = checkpoints(tmp_path).save(1, {"stack": Stack(True)})
+        checkpoints(tmp_path).save(1, {"stack": Stack(True)})
         read = Stack(False)
-        checkpoints(tmp_path).load(path, {"stack": read})
+        checkpoints(tmp_path).load(tmp_path / "step-00000001", {"stack": read})
         assert torch.equal(read.state["mine"], torch.full((3,), dist.get_rank() + 1.0))
         for name, tensor in kinds.items():
             assert read.state[name].dtype == tensor.dtype
@@ -162,22 +162,21 @@ def test_json_states_must_agree(tmp_path: Path) -> None:
 
 def test_retention_keeps_the_newest(tmp_path: Path) -> None:
     run_world(lambda: save(tmp_path, steps=(1, 2, 3, 10), keep=2), 2)
-    assert checkpoints(tmp_path).steps() == [3, 10]
+    assert list(whole_steps(tmp_path)) == [3, 10]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
     # A run that went back keeps what it has just saved, however many higher steps there are.
     run_world(lambda: save(tmp_path, steps=(2,), keep=1), 1)
-    assert checkpoints(tmp_path).steps() == [2, 10]
+    assert list(whole_steps(tmp_path)) == [2, 10]
 
 
 def test_leftovers_of_dead_attempts_are_removed_by_the_next_one(tmp_path: Path) -> None:
     for name in (".attempt-dead-00000007", ".removed-step-00000001"):
         (tmp_path / name / "tensors").mkdir(parents=True)
-    assert checkpoints(tmp_path).newest() is None
+    assert whole_steps(tmp_path) == {}
     assert len(list(tmp_path.iterdir())) == 2, "looking removes nothing"
     saved(tmp_path, 1)
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_without_checkpoints_there_is_no_newest(tmp_path: Path) -> None:
-    assert checkpoints(tmp_path / "none").newest() is None
-    assert checkpoints(tmp_path / "none").steps() == []
+    assert whole_steps(tmp_path / "none") == {}

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from launcher.verify.world import RankDied, run_world
-from parallel.checkpoint.manifest import FileRecord, Manifest
+from parallel.checkpoint.manifest import FileRecord, Manifest, whole_steps
 from parallel.common.errors import UserError
 from parallel.common.files import hash_file
-from tests.parallel.checkpoint_world import checkpoints, load, save, saved, with_fault
+from tests.parallel.checkpoint_world import load, save, saved, with_fault
 
 pytestmark = pytest.mark.distributed
 
@@ -46,7 +46,7 @@ def test_a_kill_leaves_the_old_or_the_new_and_never_a_mixture(
     assert run_world(lambda: load(tmp_path), 2) == [newest, newest]
     run_world(lambda: save(tmp_path, steps=(3,), keep=2, attempt="next"), 2)
     assert run_world(lambda: load(tmp_path), 1) == [3]
-    assert checkpoints(tmp_path).steps() == [newest, 3]
+    assert list(whole_steps(tmp_path)) == [newest, 3]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [f"step-{newest:08d}", "step-00000003"]
 
 
@@ -138,7 +138,7 @@ def test_swapped_shards_and_those_of_another_step_are_refused(tmp_path: Path) ->
 def test_a_step_with_a_damaged_manifest_is_passed_over_and_kept_when_saved_again(tmp_path: Path) -> None:
     run_world(lambda: save(tmp_path, steps=(1, 2)), 1)
     _truncate(tmp_path / "step-00000002/manifest.json")
-    assert checkpoints(tmp_path).steps() == [1]
+    assert list(whole_steps(tmp_path)) == [1]
     run_world(lambda: save(tmp_path, steps=(2,), attempt="next"), 1)
     assert run_world(lambda: load(tmp_path), 1) == [2]
     assert (tmp_path / ".damaged-step-00000002-before-next/state.json").exists()

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from launcher.verify.world import run_world
 from parallel.checkpoint.checkpoints import Checkpoints
 from parallel.checkpoint.fence import Fence, claim
+from parallel.checkpoint.manifest import whole_steps
+from parallel.checkpoint.retention import Retention
 from parallel.common.errors import UserError
 from tests.parallel.checkpoint_world import Counter, Weights
 
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.distributed
 def _attempt(root: Path, name: str) -> Checkpoints:
     """The checkpoints of an attempt at the run whose token stands in `root/lock`."""
     fence = Fence(attempt=name, holder=(root / "lock").read_text)
-    return Checkpoints(root / "checkpoints", keep=5, fence=fence, layout={}, config={})
+    return Checkpoints(root / "checkpoints", retention=Retention(newest=5), fence=fence, layout={}, config={})
 
 
 def _take_over(root: Path, name: str) -> None:
@@ -74,7 +76,7 @@ def test_an_attempt_that_is_over_commits_nothing(tmp_path: Path, only_the_token:
     def second() -> list[int]:
         checkpoints = _attempt(tmp_path, "second")
         checkpoints.save(2, _state())
-        return checkpoints.steps()
+        return list(whole_steps(checkpoints.root))
 
     assert run_world(second, 2) == [[1, 2]] * 2
 
@@ -84,14 +86,14 @@ def test_a_commit_just_before_the_takeover_counts(tmp_path: Path) -> None:
         _take_over(tmp_path, "first")
         _attempt(tmp_path, "first").save(1, _state())
         _take_over(tmp_path, "second")
-        return _attempt(tmp_path, "second").steps()
+        return list(whole_steps(tmp_path / "checkpoints"))
 
     assert run_world(both, 1) == [[1]]
 
 
 def test_a_run_without_a_token_is_nobody_s(tmp_path: Path) -> None:
     fence = Fence(attempt="first", holder=lambda: None)
-    checkpoints = Checkpoints(tmp_path, keep=5, fence=fence, layout={}, config={})
+    checkpoints = Checkpoints(tmp_path, retention=Retention(newest=5), fence=fence, layout={}, config={})
     with pytest.raises(UserError, match="no longer says to whom it belongs"):
         run_world(lambda: checkpoints.save(1, _state()), 2)
     assert list(tmp_path.iterdir()) == []

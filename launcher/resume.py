@@ -1,0 +1,53 @@
+"""Where an attempt begins: after the run's own newest checkpoint, from another run's, or at nothing.
+
+Contract: random weights are for a run that has saved nothing and asked for no checkpoint. Where a checkpoint is there
+or was asked for, it is loaded or the attempt ends with a sentence that says why.
+"""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from launcher.assemble import Parts
+from launcher.config import RunConfig
+from launcher.places import find_step
+from parallel.checkpoint.agreement import agreed, exchange
+from parallel.common.errors import UserError
+from parallel.config import LoadParts
+
+
+def begin(parts: Parts, config: RunConfig) -> Path | None:
+    """Gives the parts their states; returns the step directory they are from. Every rank calls this.
+
+    Raises:
+        UserError: on all ranks; a checkpoint is damaged, does not fit, does not exist, or leaves no step to take.
+    """
+    origin = parts.checkpoints.resume(parts.participants, fallback=config.checkpoint.fallback)
+    done, total = parts.progress.step, parts.progress.total_steps
+    if origin is not None:
+        if done > total:
+            raise UserError(f"{origin} is after step {done}, and the run has only {total}: restore train.steps.")
+        return origin
+    if config.checkpoint.load is None:
+        return None
+    origin = _found(config.checkpoint.load)
+    everything = config.checkpoint.load_parts is LoadParts.everything
+    wanted = parts.participants if everything else {"model": parts.participants["model"]}
+    parts.checkpoints.load(origin, wanted)
+    if parts.progress.done:
+        raise UserError(
+            f"{origin} is after step {parts.progress.step}, and the run has {total}: give it more steps "
+            "(train.steps), or take the weights alone (checkpoint.load_parts=weights)."
+        )
+    return origin
+
+
+def _found(checkpoint: str) -> Path:
+    """The step directory that rank 0 finds: another run may be saving at this moment."""
+    found = None
+    with agreed(f"find {checkpoint}"):
+        if dist.get_rank() == 0:
+            found = find_step(checkpoint)
+    path = exchange(found)[0]
+    assert path is not None
+    return path
