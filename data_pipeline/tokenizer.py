@@ -139,6 +139,10 @@ class Tokenizer:
         """xxh3-128 of the file that `save` writes."""
         return hash_bytes(self.to_json().encode())
 
+    def token(self, number: int) -> str:
+        """The name of an id in use."""
+        return self._backend.id_to_token(number)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, on all cores; nothing is put before or after it, and special tokens are only text."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors one at a time, without a process group: for what converts a model larger than memory.
+"""A checkpoint's tensors one at a time, on one rank: for what converts a model larger than memory.
 
 `StoredTensors` reads global tensors by name, whatever layout wrote them; `write_tensors` writes them while they are
 made, one by one. The files are the ones of `shards`.
@@ -73,7 +73,7 @@ class _MakingPlanner(SavePlanner):
 def write_tensors(
     directory: Path, shapes: Mapping[str, Tensor], make: Callable[[str], Tensor]
 ) -> dict[str, FileRecord]:
-    """Writes whole tensors to `directory` from this process alone.
+    """Writes whole tensors to `directory`, from a process group of this one rank.
 
     Args:
         directory: exists and is empty.
@@ -84,5 +84,5 @@ def write_tensors(
         The files written, by their names in the directory.
     """
     writer = Writer(directory)
-    dcp.save(dict(shapes), storage_writer=writer, planner=_MakingPlanner(make), no_dist=True)
+    dcp.save(dict(shapes), storage_writer=writer, planner=_MakingPlanner(make))
     return writer.recorder.records

@@ -1,0 +1,179 @@
+"""A checkpoint's weights as safetensors: what `transformers` reads, written tensor by tensor.
+
+Which tensor goes into which file is planned from shapes alone; then one file's tensors at a time are read, split,
+rounded and written, so that a model larger than memory converts. Everything is written beside the output, which
+appears by one rename, after the logits were compared.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data_pipeline.tokenizer import Tokenizer
+from launcher.config import RunConfig
+from launcher.conversion.check import compare_logits, missing_transformers
+from launcher.outcome import Outcome
+from launcher.runtime import in_ranks
+from launcher.verbs.conversion import ExportJob
+from launcher.work import Ranks
+from model.config import ModelConfig
+from model.hf.families import FAMILIES, config_json
+from model.hf.pairs import Pair
+from parallel.checkpoint.stream import StoredTensors
+from parallel.common.errors import UserError
+from parallel.common.files import write_json
+from parallel.common.units import format_bytes
+from parallel.optimizer import Kind
+
+WEIGHT = f"{Kind.weight.value}."
+"""Begins the names of weights in a checkpoint."""
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _File:
+    """One file of tensors, planned."""
+
+    pairs: list[Pair]
+    bytes: int
+
+
+def work(job: ExportJob) -> int:
+    """Writes the directory; returns the exit code."""
+    return in_ranks(lambda ranks: _exported(job, ranks), job.ranks)
+
+
+def _exported(job: ExportJob, ranks: Ranks) -> Outcome:
+    if job.check:
+        missing_transformers()
+    config = job.checkpoint.config()
+    tensors = StoredTensors(job.checkpoint.path)
+    model = _described(config, tensors)
+    pairs = list(FAMILIES[model.family].pairs(model))
+    _check_names(job.checkpoint.path, tensors, pairs)
+    dtype: torch.dtype = getattr(torch, job.dtype)
+    plan = _plan(pairs, tensors, dtype, job.shard_bytes)
+    beside = job.output.with_name(f".{job.output.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        total = _write_tensors(beside, plan, tensors, dtype)
+        _write_descriptions(beside, job, config, model)
+        if job.check:
+            weights = {pair.ours: _rounded(tensors.read(WEIGHT + pair.ours), dtype) for pair in pairs}
+            compare_logits(model, weights, beside, sequence_length=config.train.sequence_length)
+        beside.rename(job.output)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    checked = "logits as transformers computes them" if job.check else "logits not compared"
+    files = "1 file" if len(plan) == 1 else f"{len(plan)} files"
+    logger.info("%s: %s in %s, %s", job.output, format_bytes(total), files, checked)
+    return Outcome(attempt=ranks.attempt, exit_code=0, message=f"exported to {job.output}")
+
+
+def _described(config: RunConfig, tensors: StoredTensors) -> ModelConfig:
+    """The model with its vocabulary size, which the configuration leaves to the store."""
+    shape = tensors.shapes.get(WEIGHT + _EMBEDDING)
+    if shape is None:
+        raise UserError("the checkpoint has no word embeddings: it is not a language model's")
+    values = {name: getattr(config.model, name) for name in ModelConfig.__slots__}
+    return ModelConfig(**{**values, "vocabulary_size": shape[0]})
+
+
+def _check_names(path: Path, tensors: StoredTensors, pairs: list[Pair]) -> None:
+    stored = {key.removeprefix(WEIGHT) for key in tensors.shapes if key.startswith(WEIGHT)}
+    known = {pair.ours for pair in pairs}
+    for name in sorted(stored ^ known):
+        told = "is not one of this family's" if name in stored else "is missing"
+        raise UserError(f"{path}: the tensor {name} {told}; model.family in the run's config.yaml says the family")
+
+
+def _plan(pairs: list[Pair], tensors: StoredTensors, dtype: torch.dtype, limit: int) -> list[_File]:
+    files: list[_File] = []
+    for pair in pairs:
+        shape = torch.empty(tensors.shapes[WEIGHT + pair.ours], dtype=dtype, device="meta")
+        size = sum(part.nbytes for part in pair.split(shape))
+        if files and files[-1].bytes + size <= limit:
+            files[-1] = _File(pairs=[*files[-1].pairs, pair], bytes=files[-1].bytes + size)
+        else:
+            files.append(_File(pairs=[pair], bytes=size))
+    return files
+
+
+def _write_tensors(directory: Path, plan: list[_File], tensors: StoredTensors, dtype: torch.dtype) -> int:
+    """All files and, where there are several, their index; the bytes of the tensors."""
+    places: dict[str, str] = {}
+    total = sum(file.bytes for file in plan)
+    for number, file in enumerate(plan, start=1):
+        name = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+        content = dict(_theirs(file.pairs, tensors, dtype))
+        save_file(content, directory / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(content, name)
+        logger.info("  %s  %s (%d of %d)", name, format_bytes(file.bytes), number, len(plan))
+    if len(plan) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        write_json(directory / "model.safetensors.index.json", index)
+    return total
+
+
+def _theirs(pairs: list[Pair], tensors: StoredTensors, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    for pair in pairs:
+        parts = pair.split(tensors.read(WEIGHT + pair.ours))
+        for name, part in zip(pair.theirs, parts, strict=True):
+            yield name, part.to(dtype).contiguous().clone()
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype).float()
+
+
+def _write_descriptions(directory: Path, job: ExportJob, config: RunConfig, model: ModelConfig) -> None:
+    """config.json, generation_config.json, and the tokenizer's files where the run has one."""
+    ids: dict[str, Any] = {}
+    tokenizer = _tokenizer(job, config)
+    if tokenizer is not None:
+        ids = {
+            "bos_token_id": tokenizer.end_of_document,
+            "eos_token_id": tokenizer.end_of_document,
+            "pad_token_id": tokenizer.padding,
+        }
+        tokenizer.save(directory / "tokenizer.json")
+        write_json(directory / "tokenizer_config.json", _tokenizer_config(tokenizer, config))
+    described = config_json(model, sequence_length=config.train.sequence_length)
+    _write_plain(directory / "config.json", {**described, **ids, "dtype": job.dtype})
+    _write_plain(directory / "generation_config.json", ids)
+
+
+def _write_plain(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _tokenizer(job: ExportJob, config: RunConfig) -> Tokenizer | None:
+    """The tokenizer of the store that the run was trained on, or the one that was imported with the weights."""
+    for place in (Path(config.data.store) / "tokenizer.json", job.checkpoint.run.path / "tokenizer.json"):
+        if place.is_file():
+            return Tokenizer.load(place)
+    logger.warning("no tokenizer found in %s: the export has none", config.data.store)
+    return None
+
+
+def _tokenizer_config(tokenizer: Tokenizer, config: RunConfig) -> dict[str, Any]:
+    end, padding = (tokenizer.token(number) for number in (tokenizer.end_of_document, tokenizer.padding))
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.model.positions or config.train.sequence_length,
+        "bos_token": end,
+        "eos_token": end,
+        "pad_token": padding,
+        "clean_up_tokenization_spaces": False,
+    }

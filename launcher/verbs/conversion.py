@@ -1,0 +1,97 @@
+"""`bloomery checkpoint export` and `import`: to and from the files that Hugging Face's libraries read.
+
+The quick half: it imports no torch. `launcher.conversion` streams the tensors, on one rank whatever wrote them.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.places import Checkpoint, find_checkpoint
+from launcher.work import Ranks, Work, from_environment
+from parallel.common.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportJob:
+    """A checkpoint to be written as safetensors."""
+
+    checkpoint: Checkpoint
+    output: Path
+    dtype: str
+    shard_bytes: int
+    """Largest file of tensors."""
+    check: bool
+    ranks: Ranks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportJob:
+    """Safetensors to become a checkpoint."""
+
+    source: Path
+    output: Path
+    check: bool
+    ranks: Ranks
+
+
+def export_main(arguments: Sequence[str]) -> Work:
+    """Parses `CHECKPOINT --output DIR [--format hf] [--dtype D] [--shard-gigabytes N] [--no-check]`."""
+    parser = argparse.ArgumentParser(
+        prog="bloomery checkpoint export",
+        description="Writes a checkpoint's weights as safetensors with config.json and tokenizer, which "
+        "transformers.AutoModelForCausalLM.from_pretrained(DIR) reads; success is said after its logits were compared.",
+        epilog="example: bloomery checkpoint export first --format hf --output first-hf --dtype bfloat16",
+    )
+    parser.add_argument("checkpoint", help="a step directory, a run (its newest step), or RUN@STEP")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a directory that does not exist yet")
+    parser.add_argument("--format", choices=("hf",), default="hf", help="hf: Hugging Face (default)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the tensors (default float32: exact)")
+    parser.add_argument("--shard-gigabytes", type=float, default=5.0, metavar="N", help="largest file (default 5)")
+    parser.add_argument("--no-check", dest="check", action="store_false", help="do not compare logits (takes memory)")
+    options = parser.parse_args(list(arguments))
+    checkpoint = find_checkpoint(options.checkpoint)
+    job = ExportJob(
+        checkpoint=checkpoint,
+        output=_new(options.output),
+        dtype=options.dtype,
+        shard_bytes=max(1, round(options.shard_gigabytes * 1e9)),
+        check=options.check,
+        ranks=_alone("export"),
+    )
+    return Work(module="launcher.conversion.export", job=job, rank=0, logs=checkpoint.run.logs)
+
+
+def import_main(arguments: Sequence[str]) -> Work:
+    """Parses `DIR --output DIR [--no-check]`."""
+    parser = argparse.ArgumentParser(
+        prog="bloomery checkpoint import",
+        description="Makes a run whose step 0 has the weights of a Hugging Face model; any layout loads it, to go on "
+        "with pretraining: bloomery train CONFIG... checkpoint.load=OUTPUT checkpoint.load_parts=weights",
+        epilog="example: bloomery checkpoint import ~/models/Llama-3.2-1B --output runs/llama-3.2-1b",
+    )
+    parser.add_argument("source", type=Path, metavar="DIR", help="has config.json and *.safetensors")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a directory that does not exist yet")
+    parser.add_argument("--no-check", dest="check", action="store_false", help="do not compare logits (takes memory)")
+    options = parser.parse_args(list(arguments))
+    if not (options.source / "config.json").is_file():
+        raise UserError(f"{options.source} is not a Hugging Face model: expected a directory with a config.json.")
+    output = _new(options.output)
+    job = ImportJob(source=options.source, output=output, check=options.check, ranks=_alone("import"))
+    return Work(module="launcher.conversion.importing", job=job, rank=0, logs=output.parent / "logs")
+
+
+def _new(output: Path) -> Path:
+    if output.exists():
+        raise UserError(f"{output} exists already: give --output a directory that does not.")
+    return output
+
+
+def _alone(verb: str) -> Ranks:
+    ranks = from_environment()
+    if ranks.world_size > 1:
+        raise UserError(f"{verb} works on one rank: call it without torchrun or srun.")
+    return ranks
