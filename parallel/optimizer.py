@@ -7,7 +7,7 @@ of every proof.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import StrEnum
 from typing import Any, Protocol
@@ -137,6 +137,13 @@ def reduce_tied(parameters: Sequence[LocalParameter], gradients: Sequence[Tensor
             dist.all_reduce(gradient, group=topology.embedding_group)
 
 
+def add_squares(total: Tensor, pairs: Iterable[tuple[LocalParameter, Tensor]], topology: Topology) -> None:
+    """Adds to `total` [] float64 the squares of gradients, or of parts of them, each once in a whole model."""
+    for local, gradient in pairs:
+        if (local.cut_over_tensor_ranks or topology.tensor_rank == 0) and not local.tied_copy:
+            total += torch.linalg.vector_norm(gradient).double().square().to(total.device)
+
+
 class PlainUpdater:
     """Stage 0: every rank holds everything; gradients are summed by all-reduce, in fp32 (float64 in float64)."""
 
@@ -186,13 +193,15 @@ class PlainUpdater:
     @torch.no_grad()
     def norm(self) -> Tensor:
         """The global gradient norm [], each parameter of the model counted once."""
-        totals = torch.zeros(2, dtype=torch.float64, device=self.topology.device)
-        for local, gradient in zip(self.parameters, self.gradients, strict=True):
-            if (local.cut_over_tensor_ranks or self.topology.tensor_rank == 0) and not local.tied_copy:
-                totals[int(local.expert)] += gradient.double().square().sum()
-        dist.all_reduce(totals[0], group=self.topology.model_parallel_group)
-        dist.all_reduce(totals[1], group=self.topology.expert_model_parallel_group)
-        return totals.sum().sqrt()
+        squares = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        groups = {False: self.topology.model_parallel_group, True: self.topology.expert_model_parallel_group}
+        for expert, group in groups.items():
+            pairs = zip(self.parameters, self.gradients, strict=True)
+            own = torch.zeros_like(squares)
+            add_squares(own, (pair for pair in pairs if pair[0].expert == expert), self.topology)
+            dist.all_reduce(own, group=group)
+            squares += own
+        return squares.sqrt()
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> Tensor:

@@ -28,6 +28,7 @@ import deepspeed.comm
 import deepspeed.ops
 import deepspeed.utils.groups
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -46,7 +47,7 @@ from parallel.config import OptimizerConfig
 from parallel.held import Tensors, held
 from parallel.loss_scale import LossScale
 from parallel.mechanism import Mechanism, Reduction, mechanism
-from parallel.optimizer import EXPERTS, MOMENTS, Kind, adamw, create_state, reduce_tied, set_steps
+from parallel.optimizer import EXPERTS, MOMENTS, Kind, adamw, add_squares, create_state, reduce_tied, set_steps
 from parallel.parameters import LocalParameter
 from parallel.topology import Topology
 
@@ -175,6 +176,9 @@ class ZeroUpdater:
         )
         self._zero: Any = self._engine.optimizer
         self._zero.gradient_average = False
+        if self.mechanism.stage < 3:
+            self._local = {local.parameter: local for local in parameters}
+            self._zero.scaled_global_norm = self._norm
         self._create_state()
         module.register_forward_hook(self._reset_at_backward)
 
@@ -238,12 +242,28 @@ class ZeroUpdater:
     def step(self, learning_rate: float) -> Tensor:
         for group in self._zero.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._zero.override_loss_scale(self._kept_scale())
+        if self.loss_scale.dynamic or self.mechanism.stage == 3:
+            self._zero.override_loss_scale(self._kept_scale())
         self._engine.step()
         if self._zero.overflow:
             self._zero.averaged_gradients.clear()  # left standing with offload, infinities and all
         self.loss_scale.update(overflowed=self._zero.overflow)
         return torch.as_tensor(self._zero._global_grad_norm)
+
+    def _norm(self) -> Tensor:
+        """The global norm [] of the gradients as DeepSpeed keeps them, stages 1 and 2.
+
+        Its own sums up group by group of parameters, over all pipeline stages: it would wait for ever for a stage
+        that has no experts.
+        """
+        zero, squares = self._zero, torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        for number, members in enumerate(zero.params_in_partition):
+            parts = zero.offload_gradient_dict[number] if zero.cpu_offload else zero.averaged_gradients[number]
+            parts = [part for part in parts if not getattr(part, "_zero_padding", False)]  # else behind all members
+            add_squares(squares, zip(map(self._local.__getitem__, members), parts, strict=False), self.topology)
+        dist.all_reduce(squares, group=self.topology.data_parallel_group)
+        dist.all_reduce(squares, group=self.topology.model_parallel_group)
+        return squares.sqrt().to(zero.device)
 
     def gradient(self, local: LocalParameter) -> Tensor:
         gradient = safe_get_full_grad(local.parameter)

@@ -67,12 +67,28 @@ def equals_one_rank(case: Case, tolerance: float) -> None:
         (4, 2, "alltoall", {"tensor": 2, "expert": 2}),
         (2, 1, "allgather", {"tensor": 2}),
         (2, 1, "alltoall", {"pipeline": 2, "virtual_pipeline": 2}),
+        (2, 2, "alltoall", {"context": 2, "expert": 2}),
     ],
-    ids=["ep2", "ep2-zero2", "ep2-dp2-offload", "ep2-dp2-zero2", "tp2-ep2-zero2", "tp2-sp", "pp2-vpp2"],
+    ids=[
+        "ep2",
+        "ep2-zero2",
+        "ep2-dp2-offload",
+        "ep2-dp2-zero2",
+        "tp2-ep2-zero2",
+        "tp2-sp",
+        "pp2-vpp2",
+        "cp2-ep2-zero2",
+    ],
 )
 def test_experts_equal_one_rank(ranks: int, stage: int, dispatcher: str, layout: dict[str, Any]) -> None:
     case = tiny(ranks, zero_stage=stage, **layout)
     equals_one_rank(with_model(case, moe=replace(MOE, dispatcher=Dispatcher(dispatcher))), 2e-6)
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(1, False), (2, True)])
+def test_a_pipeline_stage_without_experts_does_not_hold_up_the_others(stage: int, offload: bool) -> None:
+    case = tiny(4, zero_stage=stage, offload=offload, pipeline=2, expert=2)
+    equals_one_rank(with_model(case, moe=replace(MOE, first_layer=2)), 2e-6)
 
 
 @pytest.mark.parametrize(
