@@ -1,6 +1,6 @@
-"""The directory of one run: what stands in it, who may write to it, and which changes of the configuration it bears.
+"""The directory of one run: what stands in it and who may write to it.
 
-    config.yaml  history.jsonl  metrics.jsonl  events.jsonl  outcome.json  lock  checkpoints/  wandb/  logs/
+    config.yaml  code.json  history.jsonl  metrics.jsonl  events.jsonl  outcome.json  lock  checkpoints/  wandb/  logs/
     evaluation.json  samples.jsonl  report.html      (of `bloomery evaluate`, `generate`, `report`)
 
 Contract: one live process group writes to a run. The lock is an advisory lock of the operating system on the file
@@ -11,30 +11,21 @@ here (checkpoints and logs excepted). Imports without torch.
 import fcntl
 import json
 import os
-import platform
 import socket
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from launcher import config as configuration
 from launcher.config import RunConfig
 from launcher.outcome import Outcome
-from parallel.common.errors import ConfigError, Problem, UserError
+from parallel.common.errors import UserError
+from parallel.common.files import write_json
 from parallel.common.lines import JsonLines
 
-_FREE_TO_CHANGE = (
-    "run.name", "run.dir", "parallel.", "train.micro_batch_size", "train.log_every_steps", "checkpoint.", "evaluate.",
-    "tracking.", "data.sources", "data.store", "data.stages.", "data.tokenizer.", "data.validation.",
-    "data.shard_tokens",
-)  # fmt: skip
-"""Keys that change neither the samples nor the numbers that are computed from them, rounding apart. What the store was
-built from is the store's own matter: the loader refuses another one."""
 _PROBE_SECONDS = 1.0
 """Whoever only looks whether the lock is free holds it, shared, for an instant."""
-_PACKAGES = ("torch", "megatron-core", "deepspeed")
 
 
 class RunDirectory:
@@ -43,6 +34,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
+        self.code = path / "code.json"
         self.outcome = path / "outcome.json"
         self.lock = path / "lock"
         self.checkpoints = path / "checkpoints"
@@ -72,21 +64,12 @@ class RunDirectory:
         keys = list(dict.fromkeys((*before, *now)))
         return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
 
-    def check_unchanged(self, config: RunConfig) -> None:
-        """Refuses a configuration that would silently make another run of this one, once a step was saved.
-
-        Raises:
-            ConfigError: with every key that must not change.
-        """
-        if not self.has_checkpoint():
-            return
-        problems = [
-            Problem(key=key, got=now, legal=f"{before!r} as in {self.path}, or a new run.name{_because(key)}")
-            for key, (before, now) in self.differences(config).items()
-            if not key.startswith(_FREE_TO_CHANGE)
-        ]
-        if problems:
-            raise ConfigError(problems)
+    def recorded_code(self) -> dict[str, str]:
+        """{source file: hash} as the last attempt wrote it down; empty where none did."""
+        try:
+            return json.loads(self.code.read_text())
+        except FileNotFoundError:
+            return {}
 
     def check_not_lost(self) -> None:
         """Refuses a run that has saved, and whose checkpoints are gone: it would begin again from random weights.
@@ -112,8 +95,28 @@ class Records:
         self._attempt = attempt
         self._writes = writes
 
-    def begin(self, config: RunConfig, *, layout: Mapping[str, Any], step: int, origin: Path | None) -> None:
-        """Opens the records for an attempt that goes on after `step` of `origin`: later metrics are cut off."""
+    def begin(
+        self,
+        config: RunConfig,
+        *,
+        layout: Mapping[str, Any],
+        step: int,
+        origin: Path | None,
+        changes: Mapping[str, tuple[Any, Any]],
+        versions: Mapping[str, str],
+        code: Mapping[str, str],
+    ) -> None:
+        """Opens the records for an attempt.
+
+        Args:
+            config: what it runs.
+            layout: record of the parallel degrees.
+            step: the step that it goes on after; later metrics are cut off.
+            origin: the step directory that it begins with, if any.
+            changes: {name: (before, now)} since the last attempt.
+            versions: of the packages that compute.
+            code: {source file: hash} of what computes.
+        """
         if not self._writes:
             return
         directory = self._directory
@@ -126,13 +129,14 @@ class Records:
                 "time": time.time(),
                 "from_step": step,
                 "from_checkpoint": None if origin is None else str(origin),
-                "config_changes": {key: list(values) for key, values in directory.differences(config).items()},
+                "changes": {name: list(values) for name, values in changes.items()},
                 "layout": dict(layout),
-                "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+                "versions": dict(versions),
                 "job": {"host": socket.gethostname(), "process": os.getpid(), **_slurm()},
             }
         )
         configuration.save(config, directory.config)
+        write_json(directory.code, dict(code))
         self.event("started" if step == 0 else "resumed", step=step)
 
     def event(self, name: str, *, step: int, **facts: Any) -> None:
@@ -204,12 +208,6 @@ class Lock:
             who = "another process"
         self._file.close()
         raise UserError(f"the run {self._path.parent} is being written by {who}: wait until it ends, or stop it.")
-
-
-def _because(key: str) -> str:
-    if key in ("train.steps", "train.tokens"):
-        return " (the learning rate follows from the length of the run, so another length is another run)"
-    return ""
 
 
 def _slurm() -> dict[str, str]:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launcher import changes
 from launcher.assemble import Parts, assemble
 from launcher.config import RunConfig
 from launcher.meter import finite
@@ -87,13 +88,23 @@ def _attempt(job: TrainJob, directory: RunDirectory, lock: Lock, ranks: Ranks, p
     with agreed(f"start {directory.path}"):
         if ranks.rank == 0:
             lock.take(ranks.attempt)
-            directory.check_unchanged(job.config)
+            changes.check(directory, job.config)
             directory.check_not_lost()
             claim(directory.checkpoints, ranks.attempt)
     parts = assemble(job.config, directory, attempt=ranks.attempt, preempt=preempt)
     origin = begin(parts, job.config)
     records = Records(directory, attempt=ranks.attempt, writes=ranks.rank == 0)
-    records.begin(job.config, layout=parts.topology.describe(), step=parts.progress.step, origin=origin)
+    changed = changes.since_last_attempt(directory, job.config)
+    changes.show(changed, directory)
+    records.begin(
+        job.config,
+        layout=parts.topology.describe(),
+        step=parts.progress.step,
+        origin=origin,
+        changes=changed,
+        versions=changes.versions(),
+        code=changes.code_files(),
+    )
     _introduce(job.config, parts, origin)
     with parts.display.shown(step=parts.progress.step, total_steps=parts.progress.total_steps):
         train(parts, records)

@@ -138,3 +138,6 @@ class CheckpointConfig:
     load_parts: LoadParts = LoadParts.everything
     fallback: bool = False
     """Where the newest checkpoint is damaged, put it aside and go on from the newest whole one, instead of stopping."""
+    allow_changes: list[str] = field(default_factory=list)
+    """What may differ from the run's last attempt though it changes the numbers: keys or sections of this
+    configuration, `code`, `versions`."""

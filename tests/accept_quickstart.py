@@ -73,7 +73,7 @@ def records_whole(run: RunDirectory) -> Failures:
     if not steps or steps != sorted(set(steps)):
         yield "metrics.jsonl: no steps, or a step that stands twice"
     for attempt in run.history:
-        missing = {"attempt", "time", "from_step", "config_changes", "layout", "versions", "job"} - set(attempt)
+        missing = {"attempt", "time", "from_step", "changes", "layout", "versions", "job"} - set(attempt)
         if missing:
             yield f"history.jsonl: an attempt lacks {', '.join(sorted(missing))}"
     if not list(run.history):

@@ -99,9 +99,9 @@ def _attempts(history: Sequence[Mapping[str, Any]]) -> str:
             str(attempt["from_step"]),
             ", ".join(f"{name} {value}" for name, value in attempt["layout"].items()),
             ", ".join(f"{name} {value}" for name, value in attempt["versions"].items()),
-            ", ".join(f"{key}: {old} to {new}" for key, (old, new) in attempt["config_changes"].items()) or "none",
+            ", ".join(f"{key}: {old} to {new}" for key, (old, new) in attempt["changes"].items()) or "none",
         )
         for attempt in history
     ]
-    heads = ("began", "after step", "layout", "versions", "changes of the configuration")
+    heads = ("began", "after step", "layout", "versions", "changes")
     return table(heads, rows, text_columns=(0, 2, 3, 4))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.store import Store
+from launcher import changes
 from launcher import config as configuration
 from launcher.config import RunConfig
 from launcher.places import find_step
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str]) -> int | Work:
     wanted = ranks_to_start(ranks, options.ranks)
     path = _checked(config, wanted)
     directory = RunDirectory(path)
-    directory.check_unchanged(config)
+    changes.check(directory, config)
     if config.checkpoint.load is not None and not directory.has_checkpoint():
         find_step(config.checkpoint.load)
     Lock.check_free(directory.lock)

@@ -23,11 +23,12 @@ import launcher.train  # noqa: F401
 from data_pipeline import tokenizer
 from data_pipeline.store import StoreWriter, TokenizedDocument
 from data_pipeline.tokenizer import Tokenizer
-from launcher import cli
+from launcher import changes, cli
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _WORDS = ("iron", "ore", "charcoal", "bellows", "furnace", "slag", "hammer", "fire", "clay", "smith", "air", "heat")
 DOCUMENTS = 60
+changes.code_files()  # read once, so that nobody who edits a file meanwhile makes the next fork a changed run
 
 
 def texts(source: str, count: int = DOCUMENTS) -> list[str]:
