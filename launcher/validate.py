@@ -6,10 +6,13 @@ legal, the nearest legal value where there is one. Imports without torch.
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
+from data_pipeline.config import training_problems
 from data_pipeline.store import Store
 from launcher.config import RunConfig, flatten, missing, to_dict, total_steps
+from launcher.layout_rules import divisors, layout_problems, multiples, nearest
+from model.config import Position
 from parallel.common.errors import ConfigError, Problem
 from parallel.common.units import parse_count
 from parallel.config import BestMetric, ScheduleName
@@ -19,15 +22,17 @@ _VOCABULARY_MULTIPLE = 128
 
 _POSITIVE = (
     "model.layers", "model.hidden_size", "model.heads", "model.kv_heads", "model.head_size", "model.ffn_hidden_size",
-    "model.norm_eps", "model.rope_base", "model.initial_std", "model.vocabulary_size",
+    "model.norm_eps", "model.rope_base", "model.initial_std", "model.vocabulary_size", "model.positions",
+    "model.sliding_window", "model.moe.top_k", "model.moe.ffn_hidden_size", "model.moe.shared_ffn_hidden_size",
     "train.steps", "train.global_batch_size", "train.micro_batch_size", "train.sequence_length",
-    "train.log_every_steps", "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline",
-    "optimizer.learning_rate", "optimizer.eps", "optimizer.schedule.decay_steps", "checkpoint.every_steps",
-    "checkpoint.every_seconds", "checkpoint.keep", "checkpoint.keep_every_steps", "evaluate.every_steps",
-    "evaluate.batches",
+    "train.log_every_steps", "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context",
+    "parallel.expert", "parallel.recompute.blocks", "optimizer.learning_rate", "optimizer.eps",
+    "optimizer.schedule.decay_steps", "checkpoint.every_steps", "checkpoint.every_seconds", "checkpoint.keep",
+    "checkpoint.keep_every_steps", "evaluate.every_steps", "evaluate.batches",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "run.seed", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.schedule.warmup_steps",
+    "run.seed", "model.moe.experts", "model.moe.first_layer", "model.moe.load_balance_loss", "model.moe.z_loss",
+    "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.schedule.warmup_steps",
     "optimizer.schedule.min_learning_rate", "checkpoint.keep_best",
 )  # fmt: skip
 
@@ -44,7 +49,7 @@ def check_training(config: RunConfig, *, ranks: int, store: Store | None = None)
     if not problems:
         problems = list(_numbers(config))
     if not problems:
-        rules = (_run(config), _length(config), _model(config), _layout(config, ranks), _batches(config, ranks))
+        rules = (_run(config), _length(config), _model(config), layout_problems(config, ranks))
         problems = [problem for rule in rules for problem in rule]
         if store is not None:
             problems.extend(_against_store(config, store))
@@ -69,6 +74,7 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
     for name, weight in config.data.mixture.items():
         if not (weight >= 0 and math.isfinite(weight)):
             yield Problem(key=f"data.mixture.{name}", got=weight, legal="a share of 0 or more")
+    yield from training_problems(config.data, config.train.sequence_length)
 
 
 def _run(config: RunConfig) -> Iterator[Problem]:
@@ -110,75 +116,29 @@ def _length(config: RunConfig) -> Iterator[Problem]:
 
 
 def _model(config: RunConfig) -> Iterator[Problem]:
-    model, tensor = config.model, config.parallel.tensor
+    model = config.model
     kv_heads = model.kv_heads or model.heads
     if model.head_size is None and model.hidden_size % model.heads:
-        nearest = _nearest(model.hidden_size, _multiples(model.heads, model.hidden_size))
-        legal = f"a multiple of model.heads = {model.heads}, such as {nearest}, or model.head_size given"
+        whole = nearest(model.hidden_size, multiples(model.heads, model.hidden_size))
+        legal = f"a multiple of model.heads = {model.heads}, such as {whole}, or model.head_size given"
         yield Problem(key="model.hidden_size", got=model.hidden_size, legal=legal)
-    elif (model.head_size or model.hidden_size // model.heads) % 2:
+    elif model.position is Position.rope and (model.head_size or model.hidden_size // model.heads) % 2:
         size = model.head_size or model.hidden_size // model.heads
         yield Problem(key="model.head_size", got=size, legal="an even number, for rotary positions")
     if model.heads % kv_heads:
-        nearest = _nearest(kv_heads, _divisors(model.heads))
-        legal = f"a divisor of model.heads = {model.heads}, such as {nearest}"
+        legal = f"a divisor of model.heads = {model.heads}, such as {nearest(kv_heads, divisors(model.heads))}"
         yield Problem(key="model.kv_heads", got=kv_heads, legal=legal)
     if model.vocabulary_size is not None and model.vocabulary_size % _VOCABULARY_MULTIPLE:
-        nearest = math.ceil(model.vocabulary_size / _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
-        legal = f"a multiple of {_VOCABULARY_MULTIPLE}, such as {nearest}"
+        padded = math.ceil(model.vocabulary_size / _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+        legal = f"a multiple of {_VOCABULARY_MULTIPLE}, such as {padded}"
         yield Problem(key="model.vocabulary_size", got=model.vocabulary_size, legal=legal)
-    for key, size in (("heads", model.heads), ("kv_heads", kv_heads), ("ffn_hidden_size", model.ffn_hidden_size)):
-        if size % tensor:
-            legal = f"a divisor of model.{key} = {size}, such as {_nearest(tensor, _divisors(size))}"
-            yield Problem(key="parallel.tensor", got=tensor, legal=legal)
-
-
-def _layout(config: RunConfig, ranks: int) -> Iterator[Problem]:
-    parallel, layers = config.parallel, config.model.layers
-    model_ranks = parallel.tensor * parallel.pipeline
-    if ranks % model_ranks:
-        legal = f"tensor x pipeline = {model_ranks} to divide the {ranks} ranks of this call (--ranks {model_ranks})"
-        widest = "tensor" if parallel.tensor > 1 else "pipeline"
-        yield Problem(key=f"parallel.{widest}", got=getattr(parallel, widest), legal=legal)
-    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        yield Problem(key="parallel.virtual_pipeline", got=parallel.virtual_pipeline, legal="1 where pipeline is 1")
-    elif layers % (parallel.pipeline * parallel.virtual_pipeline):
-        chunks = parallel.pipeline * parallel.virtual_pipeline
-        nearest = _nearest(layers, _multiples(chunks, layers))
-        legal = f"a multiple of pipeline x virtual_pipeline = {chunks}, such as {nearest}"
-        yield Problem(key="model.layers", got=layers, legal=legal)
-    if parallel.zero_stage == 3 and parallel.pipeline > 1:
-        legal = "at most 2 with a pipeline: stage 3 would gather weights out of order and hang"
-        yield Problem(key="parallel.zero_stage", got=3, legal=legal)
-    if parallel.zero_stage == 2 and parallel.virtual_pipeline > 1:
-        legal = "1 with virtual_pipeline > 1: interleaved chunks keep whole gradients, stage 2 would save nothing"
-        yield Problem(key="parallel.zero_stage", got=2, legal=legal)
-    if parallel.sequence_parallel is True and parallel.tensor == 1:
-        yield Problem(key="parallel.sequence_parallel", got=True, legal="auto or false where tensor is 1")
-    cut = parallel.sequence_parallel is not False and parallel.tensor > 1
-    if cut and config.train.sequence_length % parallel.tensor:
-        length = config.train.sequence_length
-        nearest = _nearest(length, _multiples(parallel.tensor, length))
-        legal = f"a multiple of parallel.tensor = {parallel.tensor} with sequence parallel, such as {nearest}"
-        yield Problem(key="train.sequence_length", got=length, legal=legal)
-
-
-def _batches(config: RunConfig, ranks: int) -> Iterator[Problem]:
-    train, parallel = config.train, config.parallel
-    replicas = max(1, ranks // (parallel.tensor * parallel.pipeline))
-    if train.global_batch_size < train.micro_batch_size * replicas:
-        legal = f"at least micro_batch_size x data-parallel ranks = {train.micro_batch_size * replicas}"
-        yield Problem(key="train.global_batch_size", got=train.global_batch_size, legal=legal)
-        return
-    micro_batches = math.ceil(train.global_batch_size / (train.micro_batch_size * replicas))
-    if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
-        unit = train.micro_batch_size * replicas * parallel.pipeline
-        nearest = _nearest(train.global_batch_size, _multiples(unit, train.global_batch_size))
-        legal = (
-            f"a multiple of {unit}, such as {nearest}: with virtual_pipeline a rank's {micro_batches} micro-batches "
-            f"must be a multiple of parallel.pipeline = {parallel.pipeline}"
-        )
-        yield Problem(key="train.global_batch_size", got=train.global_batch_size, legal=legal)
+    if not 0 <= model.dropout < 1:
+        yield Problem(key="model.dropout", got=model.dropout, legal="a share from 0 to below 1")
+    if model.position is Position.learned and config.train.sequence_length > (model.positions or math.inf):
+        legal = f"at most model.positions = {model.positions}, the rows of the table of learned positions"
+        yield Problem(key="train.sequence_length", got=config.train.sequence_length, legal=legal)
+    if model.rope_scaling.factor < 1:
+        yield Problem(key="model.rope_scaling.factor", got=model.rope_scaling.factor, legal="1 or more")
 
 
 def _against_store(config: RunConfig, store: Store) -> Iterator[Problem]:
@@ -192,22 +152,10 @@ def _against_store(config: RunConfig, store: Store) -> Iterator[Problem]:
         yield Problem(key="parallel.tensor", got=config.parallel.tensor, legal=legal)
     known = sorted(store.sources)
     for name in config.data.mixture:
-        if name not in known:
+        if name not in known and store.ended:
             yield Problem(key=f"data.mixture.{name}", got=name, legal=f"a source of the store: {', '.join(known)}")
     if config.data.mixture and not sum(config.data.mixture.values()):
         yield Problem(key="data.mixture", got=dict(config.data.mixture), legal="at least one share above 0")
     if config.evaluate.every_steps is not None and not list(store.shards(split="validation")):
         legal = "empty: the store has no validation documents (data.validation.share when it was built)"
         yield Problem(key="evaluate.every_steps", got=config.evaluate.every_steps, legal=legal)
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def _multiples(unit: int, near: int) -> list[int]:
-    return [multiple for multiple in (near // unit * unit, (near // unit + 1) * unit) if multiple]
-
-
-def _nearest(value: int, legal: Iterable[int]) -> int:
-    return min(legal, key=lambda candidate: abs(candidate - value))
