@@ -24,6 +24,7 @@ def make_batch(
     end_of_document: int,
     padding: int,
     mask_documents: bool,
+    segment_lengths: NDArray[np.int64] | None = None,
 ) -> dict[str, Tensor]:
     """Makes a batch of samples.
 
@@ -34,6 +35,7 @@ def make_batch(
         end_of_document: Id that begins a segment.
         padding: Id that is put where nothing counts.
         mask_documents: Whether segments are told apart; otherwise a row is one.
+        segment_lengths: Tokens after which a segment begins in any case, [batch]; None: nowhere.
     """
     rows, length = ids.shape[0], ids.shape[1] - 1
     inputs, labels = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
@@ -44,7 +46,7 @@ def make_batch(
         labels[beyond] = padding
         weights[beyond] = 0
     if mask_documents:
-        positions, document_ids = segments(inputs, end_of_document)
+        positions, document_ids = segments(inputs, end_of_document, segment_lengths)
     else:
         positions = np.tile(np.arange(length), (rows, 1))
         document_ids = np.zeros((rows, length), dtype=np.int32)

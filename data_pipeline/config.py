@@ -36,6 +36,8 @@ class Packing(StrEnum):
 
     concatenate = "concatenate"
     """Documents one after the other, cut at the sequence length: nothing is padded, documents may be split."""
+    best_fit = "best_fit"
+    """Whole documents, each in the fullest sequence that it fits in: only longer ones are cut, the rest is padded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,6 +147,31 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseConfig:
+    """From a step on, another mixture or another length; what is left out stays as it was."""
+
+    from_step: int = MISSING
+    """First optimizer step of the phase, counted from 0."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """As `data.mixture`; empty: that of the phase before."""
+    sequence_length: int | None = None
+    """Attention and positions begin anew after this many tokens, a divisor of train.sequence_length: short contexts
+    first, with the same number of tokens in every step. None: as in the phase before."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FillInTheMiddleConfig:
+    """Documents turned into prefix, suffix, middle, so that a model learns to fill gaps (Bavarian et al. 2022)."""
+
+    rate: float = 0.0
+    """Share of the documents that are turned; 0 switches it off."""
+    suffix_first: float = 0.5
+    """Share of those in which the suffix stands before the prefix."""
+    sources: tuple[str, ...] = ()
+    """Only in these sources, for example code; empty: in all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """From raw text to batches."""
 
@@ -159,7 +186,16 @@ class DataConfig:
     """Tokens after which a shard of the store is sealed."""
     mixture: dict[str, float] = field(default_factory=dict)
     """Share of each source in the training samples, normalised to 1; empty: in proportion to its tokens."""
+    schedule: list[PhaseConfig] = field(default_factory=list)
+    """Changes of mixture and sequence length at later steps; only what lies behind a run's step may change."""
     packing: Packing = Packing.concatenate
+    max_documents_per_sequence: int | None = None
+    """With best_fit: at most so many documents, or pieces of them, in a sequence."""
+    fill_in_the_middle: FillInTheMiddleConfig = field(default_factory=FillInTheMiddleConfig)
+    follow: bool = False
+    """Train while the store still grows (`bloomery data grow`): wait where it is behind."""
+    follow_seconds: float = 1800.0
+    """Longest wait for the store to grow."""
     mask_documents: bool = True
     """Attention and positions do not cross document borders inside a sequence."""
 
@@ -214,6 +250,35 @@ class DataConfig:
             if got < least or (most is not None and got > most):
                 legal = f"{least} or more" if most is None else f"a number from {least} to {most}"
                 yield Problem(key=f"data.{key}", got=got, legal=legal)
+
+
+def training_problems(config: DataConfig, sequence_length: int) -> Iterator[Problem]:
+    """What is wrong with the values that training reads."""
+    steps = [phase.from_step for phase in config.schedule]
+    for number, phase in enumerate(config.schedule):
+        key = f"data.schedule.{number}"
+        if phase.from_step < 0 or phase.from_step in steps[:number]:
+            yield Problem(key=f"{key}.from_step", got=phase.from_step, legal="a step of its own, 0 or more")
+        length = phase.sequence_length
+        if length is not None and (length < 1 or sequence_length % length):
+            legal = f"a divisor of train.sequence_length = {sequence_length}"
+            yield Problem(key=f"{key}.sequence_length", got=length, legal=legal)
+        elif length is not None and length < sequence_length and not config.mask_documents:
+            legal = "left out with data.mask_documents=false, which lets attention cross every border"
+            yield Problem(key=f"{key}.sequence_length", got=length, legal=legal)
+        for name, weight in phase.mixture.items():
+            if not 0 <= weight < float("inf"):
+                yield Problem(key=f"{key}.mixture.{name}", got=weight, legal="a share of 0 or more")
+    middle = config.fill_in_the_middle
+    for key, share in (("rate", middle.rate), ("suffix_first", middle.suffix_first)):
+        if not 0 <= share <= 1:
+            yield Problem(key=f"data.fill_in_the_middle.{key}", got=share, legal="a number from 0 to 1")
+    most = config.max_documents_per_sequence
+    if most is not None and (most < 1 or config.packing is not Packing.best_fit):
+        legal = "1 or more, with data.packing=best_fit"
+        yield Problem(key="data.max_documents_per_sequence", got=most, legal=legal)
+    if not config.follow_seconds > 0:
+        yield Problem(key="data.follow_seconds", got=config.follow_seconds, legal="seconds above 0")
 
 
 def _dataset_problems(key: str, source: SourceConfig) -> Iterator[Problem]:

@@ -1,6 +1,6 @@
 """From a token store to batches: training without end, evaluation once over everything.
 
-Idea: the order of training samples is a pure function of (seed, mixture, position); see `mixture` and `samples`. The
+Idea: the order of training samples is a pure function of (seed, schedule, position); see `schedule` and `samples`. The
 loader's whole state is therefore one small dict with the position in it, the same on every rank: it resumes at any
 data-parallel size and any batch size, and every rank computes its own slice of the same global batch. The ledger,
 real tokens of each source up to the position, is a formula too, not a count of what some rank happened to see.
@@ -19,10 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.batch import make_batch
-from data_pipeline.config import Packing
-from data_pipeline.mixture import Mixture, spread
-from data_pipeline.samples import SourceStream
-from data_pipeline.store import TRAINING, Store
+from data_pipeline.config import PhaseConfig
+from data_pipeline.following import wait_for_growth
+from data_pipeline.mixture import spread
+from data_pipeline.plan import Plan
+from data_pipeline.samples import Samples, SourceStream
+from data_pipeline.schedule import Schedule
+from data_pipeline.store import TRAINING, Shard, Store
 from parallel.common.errors import ConfigError, Problem, UserError
 from parallel.common.files import hash_bytes
 
@@ -50,11 +53,12 @@ class Loader:
         dp_size: int,
         seed: int,
         mask_documents: bool = True,
+        plan: Plan | None = None,
     ) -> None:
-        """Opens the sources of the mixture.
+        """Opens the sources of the mixture in a finished store, or in one that grows, if the plan follows it.
 
         Args:
-            store: A finished store.
+            store: What to read.
             split: "training" or "validation".
             mixture: Weight of each source; a source that is not named is not used. Empty: in proportion to tokens.
             sequence_length: Labels in a sample.
@@ -64,34 +68,34 @@ class Loader:
             dp_size: How many slices there are.
             seed: Keys every order.
             mask_documents: Whether positions and document ids tell the documents of a sample apart.
+            plan: Later phases, packing, transforms, following; None: none of them.
 
         Raises:
             ConfigError: the mixture names a source that the store lacks, or has no weight above 0.
             UserError: the split holds nothing, or an index is damaged.
         """
-        tokens = tokens_by_source(store, split)
-        self._mixture = Mixture(_weights(mixture, tokens, split), seed=seed)
+        plan = Plan() if plan is None else plan
+        self._schedule = Schedule(
+            _weights(mixture, plan.schedule, store, split), plan.schedule,
+            seed=seed, global_batch_size=global_batch_size, sequence_length=sequence_length,
+        )  # fmt: skip
         self._streams = [
-            SourceStream(store, name, split=split, sequence_length=sequence_length, seed=seed)
-            for name in self._mixture.sources
+            plan.samples(store, name, split=split, sequence_length=sequence_length, seed=seed)
+            for name in self._schedule.sources
         ]
         self._store = store
+        self._split = split
         self._length = sequence_length
         self._global_batch_size = global_batch_size
         self._rows = rows_per_rank(global_batch_size, micro_batch_size, dp_size)
         self._first_row = dp_rank * self._rows
         self._mask_documents = mask_documents
+        self._following = plan.following
         self._seed = seed
         self._position = 0
         self._ready: list[dict[str, Tensor]] = []
-        self._fingerprint = {
-            "store": _content_hash(store, split, self._mixture.sources),
-            "split": split,
-            "mixture": hash_bytes(json.dumps(self._mixture.quotas, ensure_ascii=False).encode()),
-            "sequence_length": sequence_length,
-            "packing": Packing.concatenate.value,
-            "mask_documents": mask_documents,
-        }
+        self._middle = plan.transform(store, seed=seed)
+        self._options = {"sequence_length": sequence_length, "mask_documents": mask_documents, **plan.options()}
         if dp_rank == 0:
             _warn_of_waste(global_batch_size, self._rows * dp_size)
 
@@ -102,12 +106,24 @@ class Loader:
 
     @property
     def ledger(self) -> dict[str, int]:
-        """Real tokens (labels of weight 1) of each source before the position, over all ranks."""
-        counts = self._mixture.counts(self._position) * self._length
-        return dict(zip(self._mixture.sources, counts.tolist(), strict=True))
+        """Tokens of each source before the position that were labels of weight 1, over all ranks.
+
+        Exact, but for what fill-in-the-middle pushes off the end of samples, or puts into their padding.
+        """
+        counts = self._schedule.counts(self._position).tolist()
+        names = self._begun()
+        return {
+            name: stream.tokens_before(count)
+            for name, stream, count in zip(self._schedule.sources, self._streams, counts, strict=True)
+            if name in names
+        }
 
     def next_batch(self) -> dict[str, Tensor]:
-        """This rank's rows of the next global batch; keys and shapes as in `batch`."""
+        """This rank's rows of the next global batch; keys and shapes as in `batch`.
+
+        Raises:
+            UserError: the store did not grow in time.
+        """
         if not self._ready:
             self._ready = self._make_batches()
         self._position += self._global_batch_size
@@ -116,22 +132,56 @@ class Loader:
     def _make_batches(self) -> list[dict[str, Tensor]]:
         """Some batches from the position on, the next one last: small batches are made together, which is quicker."""
         count = min(max(1, _TOKENS_AT_ONCE // (self._rows * self._length)), _BATCHES_AT_ONCE)
-        rows = np.arange(self._first_row, self._first_row + self._rows)
-        starts = self._position + np.arange(count) * self._global_batch_size
-        real = np.tile(rows < self._global_batch_size, count)
-        sample_ids = np.where(real, np.add.outer(starts, rows).ravel(), -1)
+        while True:
+            rows = np.arange(self._first_row, self._first_row + self._rows)
+            starts = self._position + np.arange(count) * self._global_batch_size
+            real = np.tile(rows < self._global_batch_size, count)
+            sample_ids = np.where(real, np.add.outer(starts, rows).ravel(), -1)
+            sources, ordinals = self._schedule.locate(sample_ids[real])
+            behind = self._behind(sources, ordinals)
+            if behind is None:
+                break
+            if count == 1:
+                self._wait(behind)
+            count = 1
         ids = np.zeros((len(sample_ids), self._length + 1), dtype=self._store.dtype)
-        _fill(ids, np.flatnonzero(real), self._streams, *self._mixture.locate(sample_ids[real]))
+        labels = np.zeros(len(sample_ids), dtype=np.int64)
+        labels[real] = _fill(ids, np.flatnonzero(real), self._streams, sources, ordinals)
+        if self._middle is not None:
+            for row, source in zip(np.flatnonzero(real).tolist(), sources.tolist(), strict=True):
+                if self._middle.wants(self._schedule.sources[source]):
+                    labels[row] = self._middle.apply(ids[row], int(labels[row]), int(sample_ids[row]))
+        lengths = None
+        if any(phase.segment_length for phase in self._schedule.phases):
+            lengths = self._schedule.segment_lengths(np.maximum(sample_ids, 0), self._length)
         together = make_batch(
             ids,
             sample_ids=sample_ids,
-            labels_in_row=np.where(real, self._length, 0),
+            labels_in_row=labels,
             end_of_document=self._store.end_of_document,
             padding=self._store.padding,
             mask_documents=self._mask_documents,
+            segment_lengths=lengths,
         )
         split = [tensor.split(self._rows) for tensor in together.values()]
         return [dict(zip(together, tensors, strict=True)) for tensors in zip(*split, strict=True)][::-1]
+
+    def _behind(self, sources: NDArray[np.int64], ordinals: NDArray[np.int64]) -> str | None:
+        """A source that does not yet hold all of the samples asked for."""
+        for source in np.unique(sources).tolist():
+            ready = self._streams[source].ready
+            if ready is not None and ordinals[sources == source].max() >= ready:
+                return self._schedule.sources[source]
+        return None
+
+    def _wait(self, source: str) -> None:
+        """Until a growing store has sealed something more."""
+        if self._following is None:
+            raise UserError(f"the store {self._store.path} still grows and {source} is used up: set data.follow=true")
+        grown = wait_for_growth(self._store, source, self._split, self._following)
+        self._store = grown
+        for stream in self._streams:
+            stream.follow(grown)
 
     def state_dict(self) -> dict[str, Any]:
         """The same on every rank; plain JSON, under 4 KiB with up to some 100 sources."""
@@ -139,7 +189,7 @@ class Loader:
             "version": STATE_VERSION,
             "seed": self._seed,
             "position": self._position,
-            "fingerprint": dict(self._fingerprint),
+            "fingerprint": self._fingerprint(),
             "ledger": self.ledger,
         }
 
@@ -151,17 +201,44 @@ class Loader:
         """
         if state["version"] != STATE_VERSION:
             raise UserError(f"the loader's state has version {state['version']}: expected {STATE_VERSION}")
+        self._position, before = state["position"], self._position
         saved = {"seed": state["seed"], **state["fingerprint"]}
-        own = {"seed": self._seed, **self._fingerprint}
-        differences = [_difference(key, saved.get(key), own[key]) for key in own if saved.get(key) != own[key]]
+        own = {"seed": self._seed, **self._fingerprint()}
+        keys = dict.fromkeys([*own, *saved])
+        differences = [_difference(key, saved.get(key), own.get(key)) for key in keys if saved.get(key) != own.get(key)]
         if differences:
+            self._position = before
             raise UserError(
                 f"the checkpoint's order of samples is another one, its place in it means nothing here: "
                 f"{', '.join(differences)}; restore what changed, or start a new run from its weights"
             )
-        self._position = state["position"]
         self._ready = []
         assert self.ledger == state["ledger"]
+
+    def _begun(self) -> set[str]:
+        """Sources of the phases that had a say before the position."""
+        return {name for phase in self._schedule.begun(self._position) for name in phase.mixture.sources}
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What decided the order up to the position: later phases, and shards sealed later, are left out."""
+        begun = self._schedule.begun(self._position)
+        first = begun[0]
+        mixtures: Any = first.mixture.quotas
+        if len(begun) > 1 or first.segment_length is not None:
+            mixtures = [[phase.start, phase.origin, phase.mixture.quotas, phase.segment_length] for phase in begun]
+        names, counts = self._begun(), self._schedule.counts(self._position).tolist()
+        shards = []
+        for name, stream, count in zip(self._schedule.sources, self._streams, counts, strict=True):
+            if name in names:
+                windows = stream.windows_begun(count)
+                chosen = stream.shards if windows is None else stream.shards[: max(1, windows)]
+                shards += [shard for window in chosen for shard in window]
+        return {
+            "store": _content_hash(self._store, shards),
+            "split": self._split,
+            "mixture": hash_bytes(json.dumps(mixtures, ensure_ascii=False).encode()),
+            **self._options,
+        }
 
 
 def _difference(key: str, saved: object, own: object) -> str:
@@ -194,23 +271,31 @@ def tokens_by_source(store: Store, split: str) -> dict[str, int]:
     return {name: count for name, count in tokens.items() if count}
 
 
-def _weights(mixture: Mapping[str, float], tokens: Mapping[str, int], split: str) -> Mapping[str, float]:
+def _weights(
+    mixture: Mapping[str, float], schedule: Sequence[PhaseConfig], store: Store, split: str
+) -> Mapping[str, float]:
     """The mixture as given, or by default the sources' tokens."""
-    if not tokens:
+    tokens = tokens_by_source(store, split)
+    if not tokens and store.ended:
         raise UserError(f"the token store has no {split} documents: build it from more text")
+    given = [("data.mixture", mixture)]
+    given += [(f"data.schedule.{number}.mixture", phase.mixture) for number, phase in enumerate(schedule)]
     problems = [
-        Problem(key=f"data.mixture.{name}", got=weight, legal=f"a source of the store, one of {', '.join(tokens)}")
-        for name, weight in mixture.items()
-        if name not in tokens
+        Problem(key=f"{key}.{name}", got=weight, legal=f"a source of the store, one of {', '.join(tokens)}")
+        for key, weights in given
+        for name, weight in weights.items()
+        if name not in tokens and store.ended
     ]
     if problems:
         raise ConfigError(problems)
-    return mixture or tokens
+    if not mixture and not store.ended and len(tokens) != 1:
+        legal = "a share for each source: that of a store that still grows does not follow from its size"
+        raise ConfigError([Problem(key="data.mixture", got={}, legal=legal)])
+    return mixture or dict.fromkeys(tokens, 1) if not store.ended else mixture or tokens
 
 
-def _content_hash(store: Store, split: str, sources: tuple[str, ...]) -> str:
+def _content_hash(store: Store, shards: Sequence[Shard]) -> str:
     """Hash of the tokens in use and their meaning: the shards' own hashes, in order, and the tokenizer's."""
-    shards = [shard for name in sources for shard in store.shards(split=split, source=name)]
     hashes = [shard.files[f"{shard.stem}.{suffix}"]["hash"] for shard in shards for suffix in ("bin", "idx")]
     return hash_bytes(" ".join([store.tokenizer_fingerprint, *hashes]).encode())
 
@@ -218,14 +303,20 @@ def _content_hash(store: Store, split: str, sources: tuple[str, ...]) -> str:
 def _fill(
     ids: NDArray[np.unsignedinteger],
     rows: NDArray[np.int64],
-    streams: Sequence[SourceStream],
+    streams: Sequence[Samples],
     sources: NDArray[np.int64],
     ordinals: NDArray[np.int64],
-) -> None:
-    """Reads the given samples of the given sources into some rows of `ids`; the last three are [rows]."""
+) -> NDArray[np.int64]:
+    """Reads the given samples of the given sources into some rows of `ids`; the last three are [rows].
+
+    Returns:
+        How many labels of each row count, [rows].
+    """
+    labels = np.zeros(len(rows), dtype=np.int64)
     for source in np.unique(sources).tolist():
         here = sources == source
-        ids[rows[here]] = streams[source].read(ordinals[here])
+        ids[rows[here]], labels[here] = streams[source].read(ordinals[here])
+    return labels
 
 
 def single_pass(

@@ -4,8 +4,9 @@
     {"kind": "shard", "index", "source", "split", "documents", "tokens", "text_bytes", "files": {...}, "checksum"}
     {"kind": "end", "shards", "documents", "tokens", "text_bytes", "checksum"}
 
-A line that was torn by a kill is the last one and does not count. Anything else that does not add up is damage, and
-refused: reading looks at every line's checksum and every file's size.
+A store that grows after its end goes on behind that line and ends once more. A line that was torn by a kill is the
+last one and does not count. Anything else that does not add up is damage, and refused: reading looks at every line's
+checksum and every file's size.
 """
 
 import json
@@ -35,6 +36,8 @@ class Shard:
     text_bytes: int
     files: dict[str, dict[str, Any]]
     """{file name: {"bytes": size, "hash": xxh3-128}}."""
+    window: bool = False
+    """It was sealed by a growing store, and is a window of its own (data_pipeline.samples)."""
 
     @property
     def stem(self) -> str:
@@ -51,6 +54,7 @@ class Shard:
             "tokens": self.tokens,
             "text_bytes": self.text_bytes,
             "files": self.files,
+            **({"window": True} if self.window else {}),
         }
 
 
@@ -100,11 +104,14 @@ class Manifest:
         if header["kind"] != "header" or header["format"] != FORMAT:
             raise UserError(f"{file} has no header of store format {FORMAT}: build the store again")
         ended = bool(rest) and rest[-1]["kind"] == "end"
-        end = rest.pop() if ended else None
+        ends = [(place, record) for place, record in enumerate(rest) if record["kind"] == "end"]
+        rest = [record for record in rest if record["kind"] != "end"]
         if any(record["kind"] != "shard" or record["index"] != index for index, record in enumerate(rest)):
             raise UserError(f"{file} is damaged: its shards are not numbered in order; build the store again")
         shards = tuple(Shard(**{key: value for key, value in record.items() if key != "kind"}) for record in rest)
-        if end is not None and end != {"kind": "end", **totals(shards)}:
+        for number, (place, end) in enumerate(ends):
+            if end == {"kind": "end", **totals(shards[: place - number])}:
+                continue
             raise UserError(f"{file} is damaged: its totals are not those of its shards; build the store again")
         for shard in shards:
             _verify_sizes(path, shard)

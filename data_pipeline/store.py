@@ -80,10 +80,16 @@ class Store:
         self.tokenizer_fingerprint: str = facts["fingerprint"]
         self.configuration: str = manifest.header["configuration"]
         """Fingerprint of the configuration that the store was built from."""
+        self.ended = manifest.ended
+        """Nothing is added any more, unless somebody takes up the store again."""
 
     @classmethod
-    def open(cls, path: Path) -> "Store":
+    def open(cls, path: Path, *, follow: bool = False) -> "Store":
         """Opens a store that `bloomery data build` finished.
+
+        Args:
+            path: Its directory.
+            follow: A store that still grows will do: what is sealed so far is there.
 
         Raises:
             UserError: it is missing, unfinished or damaged.
@@ -91,7 +97,7 @@ class Store:
         manifest = Manifest.read(path)
         if manifest is None:
             raise UserError(f"there is no token store at {path}: make it with `bloomery data build`")
-        if not manifest.ended:
+        if not manifest.ended and not follow:
             raise UserError(f"the token store at {path} is not finished: run `bloomery data build` again, it goes on")
         store = cls(path, manifest)
         if not store.tokenizer.is_file() or hash_file(store.tokenizer) != store.tokenizer_fingerprint:
@@ -115,6 +121,12 @@ class Store:
             for shard in self._manifest.shards
             if (split is None or shard.split == split) and (source is None or shard.source == source)
         )
+
+    def windows(self, *, split: str, source: str) -> list[tuple[Shard, ...]]:
+        """The shards of a source and split by window: together what one build made, alone what was sealed growing."""
+        shards = self.shards(split=split, source=source)
+        together = tuple(shard for shard in shards if not shard.window)
+        return [*([together] if together else []), *((shard,) for shard in shards if shard.window)]
 
     def tokens(self, shard: Shard) -> np.memmap:
         """A shard's ids, mapped; uint16 or uint32 [tokens]."""
@@ -229,7 +241,13 @@ class StoreWriter:
         return sum(shard.documents for shard in self._shards if (shard.source, shard.split) == (source, split))
 
     def add_shard(
-        self, source: str, split: str, documents: Iterator[TokenizedDocument], *, max_tokens: int | None = None
+        self,
+        source: str,
+        split: str,
+        documents: Iterator[TokenizedDocument],
+        *,
+        max_tokens: int | None = None,
+        window: bool = False,
     ) -> Shard | None:
         """Writes and seals one shard from the next documents of an iterator.
 
@@ -238,6 +256,7 @@ class StoreWriter:
             split: "training" or "validation".
             documents: Taken until it ends or the shard is full; the rest stays in the iterator for the next shard.
             max_tokens: The shard is full with the document that reaches this many tokens; by default never.
+            window: The store grows: the shard is a window of its own.
 
         Returns:
             The sealed shard, or None where no document was left: nothing is written then.
@@ -272,6 +291,7 @@ class StoreWriter:
                 tokens=int(lengths.sum(dtype=np.int64)),
                 text_bytes=sum(columns["text_bytes"]),
                 files=files,
+                window=window,
             )
             self._append(shard.record())
         self._shards.append(shard)

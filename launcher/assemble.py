@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from data_pipeline.loader import Loader
+from data_pipeline.plan import Plan
 from data_pipeline.store import TRAINING, Store
 from launcher import config as configuration
 from launcher.batches import Batches
@@ -63,14 +64,14 @@ class Parts:
 def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preempt: Preempt) -> Parts:
     """Builds the run on this rank; every rank calls this, `torch.distributed` is initialised."""
     train, steps = config.train, configuration.total_steps(config)
-    store = Store.open(Path(config.data.store))
+    store = Store.open(Path(config.data.store), follow=config.data.follow)
     topology = Topology.create(config.parallel)
     rows = vocabulary_size(config, store)
     engine = make_engine(config, vocabulary_size=rows, topology=topology, objective=causal_language_modelling)
     loader = Loader(
         store,
         split=TRAINING,
-        mixture=config.data.mixture,
+        mixture=config.data.weights,
         sequence_length=train.sequence_length,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
@@ -78,6 +79,7 @@ def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preemp
         dp_size=topology.data_parallel_size,
         seed=config.run.seed,
         mask_documents=config.data.mask_documents,
+        plan=Plan.of(config.data),
     )
     progress = Progress(
         total_steps=steps, global_batch_size=train.global_batch_size, sequence_length=train.sequence_length

@@ -113,5 +113,5 @@ def positive(text: str) -> int:
 
 def _checked(config: RunConfig, ranks: int) -> Path:
     check_training(config, ranks=ranks)
-    check_training(config, ranks=ranks, store=Store.open(Path(config.data.store)))
+    check_training(config, ranks=ranks, store=Store.open(Path(config.data.store), follow=config.data.follow))
     return configuration.run_directory(config)

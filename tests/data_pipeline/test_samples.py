@@ -43,7 +43,7 @@ def test_every_token_of_every_epoch_is_predicted_once(
             # The samples that begin in this epoch: with those of the epochs before, they reach its last token.
             samples = -(-(epoch + 1) * stream.tokens // length)
             expected = plain_stream(documents, epoch + 2 + length // stream.tokens, seed)[: samples * length]
-            read = stream.read(np.arange(samples))
+            read = stream.read(np.arange(samples))[0]
             labels = read[:, 1:]
             assert labels.size - (epoch + 1) * stream.tokens < length
             assert Counter(labels.ravel().tolist()) == Counter(expected)
@@ -62,9 +62,9 @@ def test_a_sample_does_not_depend_on_what_was_read_before(lengths: list[int], le
     wanted = np.array(data.draw(st.lists(st.integers(0, 200), min_size=1, max_size=20)))
     with TemporaryDirectory() as directory:
         store = make_store(Path(directory), {"web": distinct_documents(lengths)})
-        together = SourceStream(store, "web", split="training", sequence_length=length, seed=3).read(wanted)
+        together = SourceStream(store, "web", split="training", sequence_length=length, seed=3).read(wanted)[0]
         used = SourceStream(store, "web", split="training", sequence_length=length, seed=3)
-        alone = [used.read(np.array([ordinal]))[0] for ordinal in wanted[::-1]][::-1]
+        alone = [used.read(np.array([ordinal]))[0][0] for ordinal in wanted[::-1]][::-1]
     np.testing.assert_array_equal(together, alone)
 
 
@@ -73,7 +73,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(tmp_path: Path) -> None:
 
     def order(source: str, seed: int, epoch: int) -> tuple[int, ...]:
         stream = SourceStream(store, source, split="training", sequence_length=10, seed=seed)
-        return tuple(stream.read(np.arange(64 * epoch, 64 * (epoch + 1)))[:, 1].tolist())
+        return tuple(stream.read(np.arange(64 * epoch, 64 * (epoch + 1)))[0][:, 1].tolist())
 
     orders = [order("web", 1, 0), order("web", 1, 1), order("web", 2, 0), order("other", 1, 0)]
     assert len(set(orders)) == 4
@@ -82,7 +82,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(tmp_path: Path) -> None:
 
 def test_parts_of_a_long_document_do_not_follow_one_another(tmp_path: Path) -> None:
     store = make_store(tmp_path, {"web": distinct_documents([6399])})
-    firsts = SourceStream(store, "web", split="training", sequence_length=64, seed=1).read(np.arange(100))[:, 1]
+    firsts = SourceStream(store, "web", split="training", sequence_length=64, seed=1).read(np.arange(100))[0][:, 1]
     assert (np.diff(firsts.astype(int)) == 64).sum() < 10
 
 
@@ -110,7 +110,7 @@ def test_segments_equal_a_plain_loop(length: int, ids: list[int]) -> None:
 @pytest.mark.parametrize("length", [1, 7, 100])
 def test_a_source_shorter_than_a_sample_goes_round(tmp_path: Path, length: int) -> None:
     store = make_store(tmp_path, {"web": [[70]]})
-    read = SourceStream(store, "web", split="training", sequence_length=length, seed=1).read(np.arange(3))
+    read = SourceStream(store, "web", split="training", sequence_length=length, seed=1).read(np.arange(3))[0]
     np.testing.assert_array_equal(np.sort(read[:, 1:].ravel()), np.sort(np.resize([70, END], 3 * length)))
     for row in read.tolist():
         assert all({one, following} == {70, END} for one, following in pairwise(row))
