@@ -53,6 +53,7 @@ class Meter:
         self._seconds: dict[str, float] = defaultdict(float)
         self._started = time.perf_counter()
         self._tokens = 0
+        self._skipped_steps = 0
 
     def begin(self, progress: Progress) -> None:
         """The clock starts; what came before (a resumed run's tokens, building) does not count."""
@@ -66,13 +67,14 @@ class Meter:
         finally:
             self._seconds[phase] += time.perf_counter() - started
 
-    def add(self, seconds: Mapping[str, float]) -> None:
-        """Adds the phases that the engine measured in a step."""
-        for phase, value in seconds.items():
+    def add(self, result: StepResult) -> None:
+        """Adds the phases that the engine measured in a step, and whether it was skipped."""
+        for phase, value in result.seconds.items():
             self._seconds[phase] += value
+        self._skipped_steps += result.skipped
 
     def summarise(self, progress: Progress, batch: Mapping[str, Tensor], result: StepResult) -> dict[str, Any]:
-        """The record of a logged step, for `metrics.jsonl`; times are sums since the record before."""
+        """The record of a logged step, for `metrics.jsonl`; times and skipped steps since the record before."""
         loss, grad_norm = finite(result, progress.step)
         elapsed = time.perf_counter() - self._started - sum(self._seconds[phase] for phase in _PAUSES)
         rate = (progress.tokens - self._tokens) / elapsed
@@ -83,6 +85,7 @@ class Meter:
             "samples": progress.samples,
             "learning_rate": result.learning_rate,
             "grad_norm": grad_norm,
+            "skipped_steps": self._skipped_steps,
             **{name: float(value) for name, value in result.metrics.items()},
             "tokens_per_second": rate,
             **{name: None if share is None else rate * share for name, share in self._flops_share.items()},
@@ -95,6 +98,7 @@ class Meter:
 
     def _window(self, progress: Progress) -> None:
         self._seconds.clear()
+        self._skipped_steps = 0
         self._started = time.perf_counter()
         self._tokens = progress.tokens
 
@@ -119,14 +123,14 @@ class Meter:
         return hash_bytes(ids[ids >= 0].sort().values.numpy().tobytes())
 
 
-def finite(result: StepResult, step: int) -> tuple[float, float]:
-    """Loss and gradient norm of a step.
+def finite(result: StepResult, step: int) -> tuple[float, float | None]:
+    """Loss and gradient norm of a step; a step that was skipped for its loss scale has no norm.
 
     Raises:
         FloatingPointError: one of them is not finite; nothing after it is worth keeping.
     """
-    loss, grad_norm = result.loss.item(), result.grad_norm.item()
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    loss, grad_norm = result.loss.item(), None if result.skipped else result.grad_norm.item()
+    if not (math.isfinite(loss) and math.isfinite(grad_norm or 0.0)):
         raise FloatingPointError(
             f"step {step} has the loss {loss} and the gradient norm {grad_norm}: the run ends here, unsaved; "
             "go on from the newest checkpoint with a lower optimizer.learning_rate or other data"

@@ -46,7 +46,7 @@ def train(parts: Parts, records: Records) -> None:
         stop = parts.preempt.agreed()
         parts.progress.advance()
         parts.display.advance()
-        parts.meter.add(result.seconds)
+        parts.meter.add(result)
         if parts.logging.due(step):
             record = parts.meter.summarise(parts.progress, batch, result)
             if parts.validation.due(step):

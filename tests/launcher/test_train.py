@@ -129,9 +129,9 @@ def test_every_file_of_a_run_is_well_formed(tmp_path: Path, store: Path) -> None
     directory = RunDirectory(tmp_path / "run")
     record = list(directory.metrics)[-1]
     assert set(record) >= {
-        "step", "loss", "tokens", "samples", "learning_rate", "grad_norm", "tokens_per_second", "mfu_causal",
-        "mfu_full", "memory_bytes", "batch_hash", "validation_loss", "time_data_seconds", "time_save_seconds",
-        "time_forward_backward_seconds", "time_communication_seconds", "time_optimizer_seconds",
+        "step", "loss", "tokens", "samples", "learning_rate", "grad_norm", "skipped_steps", "tokens_per_second",
+        "mfu_causal", "mfu_full", "memory_bytes", "batch_hash", "validation_loss", "time_data_seconds",
+        "time_save_seconds", "time_forward_backward_seconds", "time_communication_seconds", "time_optimizer_seconds",
     }  # fmt: skip
     assert record["tokens"] == record["samples"] * 32 == 12 * 4 * 32
     assert [event["event"] for event in directory.events] == ["started", "saved", "saved", "saved", "finished"]
@@ -146,6 +146,16 @@ def test_the_loss_falls(tmp_path: Path, store: Path) -> None:
     assert run("train", configuration(tmp_path, store))[0] == [0]
     losses = [record["loss"] for record in records(tmp_path)]
     assert losses[-1] < losses[0] - 1
+
+
+def test_fp16_learns_as_fp32_does(tmp_path: Path, store: Path) -> None:
+    for name in ("fp32", "fp16"):
+        (tmp_path / name).mkdir()
+        assert run("train", configuration(tmp_path / name, store), f"precision={name}", ranks=2)[0] == [0, 0]
+    halves, singles = (list(RunDirectory(tmp_path / name / "run").metrics) for name in ("fp16", "fp32"))
+    for half, single in zip(halves, singles, strict=True):
+        assert half["loss"] == pytest.approx(single["loss"], rel=0.02)
+        assert half["skipped_steps"] == 0
 
 
 def test_a_step_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path: Path, store: Path) -> None:
