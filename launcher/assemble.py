@@ -90,11 +90,12 @@ def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preemp
         fence=Fence(attempt=attempt, holder=partial(Lock.attempt, directory.lock)),
         layout=dict(topology.describe()),
         config=configuration.to_dict(config),
-        group=_control_group(topology),
+        group=_hosts(),
+        asynchronous=config.checkpoint.asynchronous,
     )
     display = make_display(topology.rank)
     saving = Saving(config.checkpoint, total_steps=steps, rank=topology.rank)
-    preempt.join(_control_group(topology), [saving])
+    preempt.join(_hosts() if topology.world_size > 1 else None, [saving, checkpoints])
     return Parts(
         topology=topology,
         vocabulary_size=rows,
@@ -153,10 +154,8 @@ def vocabulary_size(config: RunConfig, store: Store) -> int:
     return config.model.vocabulary_size or store.vocabulary_size
 
 
-def _control_group(topology: Topology) -> ProcessGroup | None:
-    """All ranks over gloo, for what the hosts agree on without waiting for a device."""
-    if topology.world_size == 1:
-        return None
+def _hosts() -> ProcessGroup:
+    """All ranks over gloo, for what the hosts agree on without waiting for a device; a new group each time."""
     group = dist.new_group(backend="gloo", timeout=COLLECTIVE_LIMIT)
     assert isinstance(group, ProcessGroup)  # every rank is a member
     return group

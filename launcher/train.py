@@ -56,6 +56,7 @@ def train(parts: Parts, records: Records) -> None:
             parts.meter.timed("save", save, parts, result, records)
         if stop:
             break
+    parts.checkpoints.wait()
 
 
 def save(parts: Parts, result: StepResult, records: Records) -> None:
@@ -106,7 +107,8 @@ def _attempt(job: TrainJob, directory: RunDirectory, lock: Lock, ranks: Ranks, p
         code=changes.code_files(),
     )
     _introduce(job.config, parts, origin)
-    with parts.display.shown(step=parts.progress.step, total_steps=parts.progress.total_steps):
+    shown = parts.display.shown(step=parts.progress.step, total_steps=parts.progress.total_steps)
+    with closing(parts.checkpoints), shown:
         train(parts, records)
     outcome = _ended(job, parts, ranks.attempt)
     records.event("finished" if outcome.exit_code == 0 else "stopped", step=parts.progress.step)

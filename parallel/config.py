@@ -141,3 +141,5 @@ class CheckpointConfig:
     allow_changes: list[str] = field(default_factory=list)
     """What may differ from the run's last attempt though it changes the numbers: keys or sections of this
     configuration, `code`, `versions`."""
+    asynchronous: bool = False
+    """Copy to the host's memory, go on training, and write from there: needs as much memory as a rank writes."""

@@ -14,6 +14,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from parallel.checkpoint.agreement import agreed, exchange
+from parallel.checkpoint.background import Background, HostCopy
 from parallel.checkpoint.fence import Fence
 from parallel.checkpoint.load import load
 from parallel.checkpoint.manifest import DamagedCheckpoint, Manifest, step_directories
@@ -43,7 +45,9 @@ class Checkpoints:
         fence: names this start of the run, in letters, digits, `.`, `_` and `-`; sees whether the run is its own.
         layout: JSON record of the parallel degrees.
         config: JSON form of the run's configuration; recorded.
-        group: all ranks over the hosts (gloo), for what they agree on; by default torch's own group of all ranks.
+        group: all ranks over the hosts (gloo), for what they agree on; by default torch's own group of all ranks. With
+            `asynchronous` nobody else may use it.
+        asynchronous: whether `save` returns when everything is copied to the host's memory, and a thread writes it.
     """
 
     def __init__(
@@ -55,11 +59,14 @@ class Checkpoints:
         layout: dict[str, Any],
         config: dict[str, Any],
         group: ProcessGroup | None = None,
+        asynchronous: bool = False,
     ) -> None:
         assert re.fullmatch(r"[A-Za-z0-9._-]+", fence.attempt), fence.attempt
         self.root = root
         self._retention = retention
         self._group = group
+        self._background = Background()
+        self._copy = HostCopy() if asynchronous else None
         self._writer = StepWriter(root=root, fence=fence, layout=layout, config=config, group=group)
 
     def save(
@@ -72,6 +79,9 @@ class Checkpoints:
     ) -> None:
         """Writes and commits the checkpoint of `step`, then removes old ones; every rank calls this.
 
+        One that is still being written is waited for first. An error of a write in the background is raised by
+        whichever of `save`, `answer` and `wait` comes next.
+
         Args:
             step: optimizer steps done.
             participants: what it keeps, by name.
@@ -81,15 +91,51 @@ class Checkpoints:
         Raises:
             UserError: on all ranks; see `parallel.checkpoint.save`.
         """
+        self.wait()
         started = time.perf_counter()
         content = Content.of(step, participants, metrics or {})
         self._writer.prepare(step)
+        if self._copy is None:
+            self._write(content, started, committed)
+        else:
+            self._background.start(partial(self._write, content.copied(self._copy), started, committed))
+
+    def _write(self, content: Content, started: float, committed: Committed | None) -> None:
         path = self._writer.write(content)
         with agreed(f"finish the checkpoint {path}", self._group):
             if dist.get_rank() == 0:
                 if committed is not None:
                     committed(checkpoint=path.name, seconds=time.perf_counter() - started)
                 prune(self.root, self._retention, besides=(path,))
+
+    def ask(self) -> bool:
+        """Whether a write in the background has failed on this rank and nobody knows."""
+        return self._background.failed()
+
+    def answer(self, anywhere: bool) -> None:
+        """Learns whether that is so on some rank.
+
+        Raises:
+            UserError: on all ranks, if it is; what went wrong.
+        """
+        if anywhere:
+            self.wait()
+            raise RuntimeError("the save in the background failed on another rank")
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more; every rank calls this.
+
+        Raises:
+            UserError: on all ranks; what went wrong in the background.
+        """
+        self._background.wait()
+
+    def close(self) -> None:
+        """Lets a write in the background end, whatever else went wrong; its error is only logged."""
+        try:
+            self._background.wait()
+        except Exception:
+            logger.exception("the checkpoint in the background was not saved")
 
     def load(self, path: Path, participants: Mapping[str, Stateful]) -> Manifest:
         """Gives each participant its state back from a step directory, after verifying it; every rank calls this.

@@ -14,7 +14,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from parallel.checkpoint.agreement import agreed, as_user_error, exchange
+from parallel.checkpoint.background import HostCopy
 from parallel.checkpoint.fence import WRITING, Fence
 from parallel.checkpoint.manifest import STATE, TENSORS, FileRecord, Manifest, fingerprint, step_name, versions
 from parallel.checkpoint.shards import write_shards
@@ -59,6 +60,10 @@ class Content:
             elif len(tensors[name]) < len(state):
                 raise TypeError(f"the state of {name} mixes sharded tensors with other values")
         return cls(step=step, metrics=dict(metrics), tensors=tensors, states=states)
+
+    def copied(self, copy: HostCopy) -> "Content":
+        """The same content, detached from the participants: they may go on."""
+        return replace(self, tensors={name: copy.of(tensors) for name, tensors in self.tensors.items()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

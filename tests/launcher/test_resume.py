@@ -7,6 +7,7 @@ import pytest
 
 from launcher.run_directory import RunDirectory
 from launcher.saving import Saving
+from parallel.checkpoint.manifest import whole_steps
 from parallel.config import CheckpointConfig
 from tests.launcher.test_train import records
 from tests.launcher.tiny import configuration, run
@@ -163,3 +164,21 @@ def test_the_best_by_validation_stays(tmp_path: Path, store: Path) -> None:
     assert best != 6, "a learning rate this high ruins the weights"
     names = sorted(path.name for path in RunDirectory(tmp_path / "run").checkpoints.iterdir())
     assert names == sorted({f"step-{best:08d}", "step-00000006"})
+
+
+@pytest.mark.distributed
+def test_saving_in_the_background_changes_no_number(tmp_path: Path, store: Path, finished: Path) -> None:
+    config = configuration(tmp_path, store, optimizer=CONSTANT, checkpoint={"every_steps": 1, "asynchronous": True})
+    assert run("train", config, ranks=2)[0] == [0, 0]
+    directory = RunDirectory(tmp_path / "run")
+    for mine, theirs in zip(records(tmp_path), records(finished), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert list(whole_steps(directory.checkpoints)) == list(range(5, 13))
+    assert [event["step"] for event in directory.events if event["event"] == "saved"] == list(range(1, 13))
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    shutil.rmtree(directory.checkpoints / "step-00000012")
+    directory.outcome.unlink()
+    kept = records(tmp_path)
+    assert run("train", config, "checkpoint.asynchronous=false", ranks=2)[0] == [0, 0]
+    assert records(tmp_path) == kept
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() != before, "step 12 was taken again"

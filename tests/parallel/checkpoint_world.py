@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -94,10 +94,17 @@ def global_tensor(name: str, seed: int | None) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1000 + sum(name.encode())))
 
 
-def checkpoints(root: Path, *, keep: int = 10, attempt: str = "first") -> Checkpoints:
-    fence = Fence(attempt=attempt, holder=lambda: attempt)
-    retention = Retention(newest=keep)
-    return Checkpoints(root, retention=retention, fence=fence, layout={"ranks": 2}, config={"seed": 1})
+def checkpoints(root: Path, *, keep: int = 10, attempt: str = "first", asynchronous: bool = False) -> Checkpoints:
+    """Every rank calls this where a save in the background is wanted: it makes a process group for it."""
+    return Checkpoints(
+        root,
+        retention=Retention(newest=keep),
+        fence=Fence(attempt=attempt, holder=lambda: attempt),
+        layout={"ranks": 2},
+        config={"seed": 1},
+        group=cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if asynchronous else None,
+        asynchronous=asynchronous,
+    )
 
 
 def newest_step(root: Path) -> Path | None:
@@ -105,18 +112,27 @@ def newest_step(root: Path) -> Path | None:
     return max(whole_steps(root).items(), default=(0, None))[1]
 
 
-def save(root: Path, layout: str = "tensor", steps: tuple[int, ...] = (1,), keep: int = 10, attempt: str = "a") -> None:
+def save(
+    root: Path,
+    layout: str = "tensor",
+    steps: tuple[int, ...] = (1,),
+    keep: int = 10,
+    attempt: str = "a",
+    asynchronous: bool = False,
+) -> None:
     """One rank's work: begins an attempt, then saves each step with contents that follow from the step."""
     with agreed("begin"):
         if dist.get_rank() == 0:
             claim(root, attempt)
+    writer = checkpoints(root, keep=keep, attempt=attempt, asynchronous=asynchronous)
     for step in steps:
         participants = {
             "weights": Weights(layout, seed=step),
             "moments": Weights(layout, "moments", seed=-step),
             "progress": Counter(step / 10),
         }
-        checkpoints(root, keep=keep, attempt=attempt).save(step, participants)
+        writer.save(step, participants)
+    writer.wait()
 
 
 def load(root: Path, layout: str = "tensor", path: Path | None = None) -> int:

@@ -23,25 +23,29 @@ pytestmark = pytest.mark.distributed
 FILES = ["manifest.json", "state.json", "tensors/.metadata", "tensors/__0_0.distcp", "tensors/__1_0.distcp"]
 
 
+POINTS = [
+    ("shard_half_written", 0, 1),
+    ("shard_half_written", 1, 1),
+    ("shard_half_written:9", 1, 1),
+    ("before_manifest", 0, 1),
+    ("after_manifest", 0, 1),
+    ("before_rename", 0, 1),
+    ("after_rename", 0, 2),
+    ("retention", 0, 2),
+]
+
+
 @pytest.mark.parametrize(
-    ("point", "rank", "newest"),
-    [
-        ("shard_half_written", 0, 1),
-        ("shard_half_written", 1, 1),
-        ("shard_half_written:9", 1, 1),
-        ("before_manifest", 0, 1),
-        ("after_manifest", 0, 1),
-        ("before_rename", 0, 1),
-        ("after_rename", 0, 2),
-        ("retention", 0, 2),
-    ],
+    ("point", "rank", "newest", "asynchronous"),
+    [(*point, False) for point in POINTS] + [(*POINTS[number], True) for number in (1, 5, 6)],
 )
 def test_a_kill_leaves_the_old_or_the_new_and_never_a_mixture(
-    tmp_path: Path, point: str, rank: int, newest: int
+    tmp_path: Path, point: str, rank: int, newest: int, asynchronous: bool
 ) -> None:
     saved(tmp_path, 2)
+    faulty = (f"checkpoint.{point}", rank, save, tmp_path, "tensor", (2,), 1, "killed", asynchronous)
     with pytest.raises(RankDied) as caught:
-        run_world(lambda: with_fault(f"checkpoint.{point}", rank, save, tmp_path, "tensor", (2,), 1, "killed"), 2)
+        run_world(with_fault, 2, *faulty)
     assert caught.value.ranks == {rank: -signal.SIGKILL}
     assert run_world(lambda: load(tmp_path), 2) == [newest, newest]
     run_world(lambda: save(tmp_path, steps=(3,), keep=2, attempt="next"), 2)

@@ -1,0 +1,80 @@
+"""Saving beside the training loop: a copy in the host's memory, and one thread that writes it.
+
+The copy is what training waits for; its buffers are kept, so that the next one costs no allocation: as many bytes of
+host memory as this rank writes to the disk. The thread agrees with the other ranks' threads over a group of its own.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import is_main_replica
+from torch import Tensor
+
+
+class Background:
+    """One piece of work at a time. An error in it waits for whoever asks."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Runs `work` in a thread; whatever ran before has been waited for."""
+        assert self._thread is None
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def failed(self) -> bool:
+        """Whether the work has ended with an error that nobody has seen."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Returns when nothing runs any more.
+
+        Raises:
+            Exception: what the work raised; once.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+class HostCopy:
+    """Copies of shards in memory that is allocated once; pinned where the shards are on an accelerator."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def of(self, tensors: Iterable[ShardedTensor]) -> list[ShardedTensor]:
+        """The same shards with copies of their data; of those that other ranks write, only the description."""
+        copies: list[ShardedTensor] = []
+        for tensor in tensors:
+            data = None
+            if is_main_replica(tensor.replica_id):
+                assert tensor.data is not None
+                data = self._buffer(tensor, tensor.data).copy_(tensor.data, non_blocking=True)
+            copies.append(replace(tensor, data=data))
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+    def _buffer(self, tensor: ShardedTensor, data: Tensor) -> Tensor:
+        key = (tensor.key, tuple(tensor.global_offset))
+        found = self._buffers.get(key)
+        if found is None or found.shape != data.shape or found.dtype != data.dtype:
+            found = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
+            self._buffers[key] = found
+        return found
