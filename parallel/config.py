@@ -13,7 +13,7 @@ class Precision(StrEnum):
     bf16 = "bf16"
     fp32 = "fp32"
     fp16 = "fp16"
-    """With dynamic loss scaling; accelerators only, for those that have no bf16."""
+    """With dynamic loss scaling; for accelerators that have no bf16."""
 
 
 class Recompute(StrEnum):

@@ -77,11 +77,11 @@ def local_parameters(chunks: Sequence[torch.nn.Module], *, last_stage_of_several
     for chunk in chunks:
         for piece in _pieces(chunk):
             assert piece.data is not None
-            by_storage.setdefault(piece.data.untyped_storage().data_ptr(), []).append(piece)
+            by_storage.setdefault(piece.data.untyped_storage()._cdata, []).append(piece)
     found: list[LocalParameter] = []
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            pieces = by_storage.get(parameter.untyped_storage().data_ptr())
+            pieces = by_storage.get(parameter.untyped_storage()._cdata)
             assert pieces, f"{name} has no sharded description"
             shards = tuple(
                 Shard(

@@ -72,6 +72,7 @@ class Topology:
             context_parallel_size=config.context,
             expert_model_parallel_size=config.expert,
             expert_tensor_parallel_size=config.tensor,
+            create_gloo_process_groups=False,  # nobody asks for them
         )
         groups = ProcessGroupCollection.use_mpu_process_groups()
         return cls(
