@@ -1,0 +1,58 @@
+"""The named sizes: published parameter counts, and the shapes of `transformers`' model of the same description."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from launcher.config import load
+from model.hf.families import FAMILIES, config_json
+from model.size import parameter_count
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "model"
+PUBLISHED = {
+    "gpt2-124m": (50257, 124_439_808),
+    "gpt2-355m": (50257, 354_823_168),
+    "gpt2-774m": (50257, 774_030_080),
+    "gpt2-1.5b": (50257, 1_557_611_200),
+    "llama-1b": (128256, 1_235_814_400),
+    "llama-3b": (128256, 3_212_749_824),
+    "llama-8b": (128256, 8_030_261_248),
+    "llama-70b": (128256, 70_553_706_496),
+    "llama-405b": (128256, 405_853_388_800),
+    "mistral-7b": (32000, 7_241_732_096),
+    "mixtral-8x7b": (32000, 46_702_792_704),
+    "qwen2-0.5b": (151936, 494_032_768),
+    "qwen2-1.5b": (151936, 1_543_714_304),
+    "qwen2-7b": (152064, 7_615_616_512),
+    "qwen3-0.6b": (151936, 596_049_920),
+    "qwen3-1.7b": (151936, 1_720_574_976),
+    "qwen3-4b": (151936, 4_022_468_096),
+    "qwen3-8b": (151936, 8_190_735_360),
+    "qwen3-32b": (151936, 32_762_123_264),
+}
+
+
+def test_every_named_size_is_held_here() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == PUBLISHED.keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_count_and_shapes(name: str) -> None:
+    rows, count = PUBLISHED[name]
+    model = replace(load([CONFIGS / f"{name}.yaml"]).model, vocabulary_size=rows)
+    assert parameter_count(model, rows, 1024) == count
+    one = replace(model, layers=1)
+    config = transformers.AutoConfig.for_model(**config_json(one, sequence_length=one.positions or 1024))
+    with torch.device("meta"):
+        reference = transformers.AutoModelForCausalLM.from_config(config)
+    theirs = reference.state_dict()
+    pairs = [
+        pair for pair in FAMILIES[one.family].pairs(one) if "mlp.experts" not in pair.ours and "router" not in pair.ours
+    ]
+    joined = sum(pair.join([theirs[part] for part in pair.theirs]).numel() for pair in pairs)
+    mixture = one.moe.experts * (3 * one.ffn_hidden_size + 1) * one.hidden_size  # in memory theirs are fused
+    assert joined + mixture == parameter_count(one, rows, 1024)
+    assert sum(tensor.numel() for tensor in reference.parameters()) == parameter_count(one, rows, 1024)
