@@ -21,7 +21,7 @@ examples:
   bloomery verify my-run.yaml parallel.tensor=4 --ranks 64 --json proof.json
   bloomery verify configs/quickstart.yaml --matrix tests/layouts.yaml --strict
 
-Exit codes: 0 proven, 1 a number is wrong (with --strict also: something was left out), 2 the layout is illegal."""
+Exit codes: 0 proven, 1 a number is wrong (with --strict also: something was dropped), 2 the layout is illegal."""
 
 _ON_THE_CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 """Read when torch and DeepSpeed are imported; forked ranks must not inherit OpenMP's threads or a GPU's context."""
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int | Work:
     parser.add_argument("--ranks", type=positive, help="prove the layout of this many ranks (default: 2 data parallel)")
     parser.add_argument("--matrix", type=Path, metavar="FILE", help="prove each layout of a YAML list of rows")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the certificate here")
-    parser.add_argument("--strict", action="store_true", help="accept nothing that was dropped or skipped")
+    parser.add_argument("--strict", action="store_true", help="accept no proof that had to drop something")
     options = parser.parse_intermixed_args(list(arguments))
     if from_environment().world_size > 1:
         raise UserError("bloomery verify starts its ranks itself: call it alone, not under torchrun or srun.")

@@ -1,8 +1,7 @@
 """What was proven, as JSON: enough to know what it says of a run, and what it does not say.
 
 A certificate names the versions and the configuration (by a fingerprint of everything that shapes a layout's numbers),
-the layout, what was shrunk, dropped or skipped, and every comparison with its numbers. An error that is not a number
-is null.
+the layout, what was shrunk or dropped, and every comparison with its numbers. An error that is not a number is null.
 """
 
 import math
@@ -36,12 +35,6 @@ class Proven:
     def passed(self) -> bool:
         return all(proof.passed for proof in self.proofs)
 
-    @property
-    def left_out(self) -> list[str]:
-        """What was dropped or skipped, a phrase each."""
-        skipped = [f"{proof.name} ({proof.skipped})" for proof in self.proofs if proof.skipped]
-        return [*self.shrunk.dropped, *skipped]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
@@ -56,9 +49,9 @@ class Result:
         return all(each.passed for each in self.proven)
 
     @property
-    def left_out(self) -> list[str]:
-        """What no proof of the row has, a phrase each."""
-        return list(dict.fromkeys(phrase for each in self.proven for phrase in each.left_out))
+    def dropped(self) -> list[str]:
+        """What the proofs do not have any more, a phrase each."""
+        return list(dict.fromkeys(phrase for each in self.proven for phrase in each.shrunk.dropped))
 
 
 def certificate(results: Sequence[Result], *, strict: bool, seconds: float) -> dict[str, Any]:
@@ -75,7 +68,7 @@ def certificate(results: Sequence[Result], *, strict: bool, seconds: float) -> d
 
 def accepted(result: Result, *, strict: bool) -> bool:
     """Whether a layout is proven, with `strict` also completely."""
-    return result.passed and not (strict and result.left_out)
+    return result.passed and not (strict and result.dropped)
 
 
 def _layout(result: Result, *, strict: bool) -> dict[str, Any]:
@@ -90,7 +83,7 @@ def _layout(result: Result, *, strict: bool) -> dict[str, Any]:
         "configuration_fingerprint": fingerprint({name: values[name] for name in _SECTIONS}),
         "passed": accepted(result, strict=strict),
         "proven_by": by,
-        "left_out": result.left_out,
+        "dropped": result.dropped,
         "seconds": round(result.seconds, 2),
         "proofs": [_proven(each) for each in result.proven],
     }
@@ -120,13 +113,12 @@ def _proven(proven: Proven) -> dict[str, Any]:
 
 def _run(proof: Proof) -> dict[str, Any]:
     found = proof.comparison
-    run: dict[str, Any] = {"name": proof.name, "skipped": proof.skipped, "passed": proof.passed}
-    if found is None:
-        return run
     return {
-        **run,
+        "name": proof.name,
+        "passed": proof.passed,
         "crash": found.crash,
         "checks": [_check(check) for check in found.checks],
+        "held_bytes": {kind: {"rank": rank, "alone": alone} for kind, (rank, alone) in found.held.items()},
         "seconds": round(found.seconds, 2),
     }
 

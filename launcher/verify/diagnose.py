@@ -14,7 +14,7 @@ import numpy as np
 from launcher.verify.compare import Tensors, norm
 from launcher.verify.measure import Case, contributions
 from launcher.verify.proof import COPIES, GRADIENTS, LOSS, NORM, Comparison, one_rank
-from launcher.verify.simplify import FEATURES, Minimal, changed, data_size, minimal
+from launcher.verify.simplify import Minimal, changed, data_size, minimal
 from launcher.verify.world import run_world
 
 _EXPLAINED = 0.05
@@ -27,8 +27,8 @@ class Diagnosis:
 
     cause: str
     """One sentence, without its full stop."""
-    smallest: str
-    """The smallest setting that shows it."""
+    smallest: str | None
+    """The smallest setting that shows it; None where it does not run at all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,9 +60,7 @@ class _Evidence:
 def diagnose(failed: Comparison) -> Diagnosis:
     """Finds the smallest case that fails as this one did, and says what it looks like; a crash speaks for itself."""
     if failed.crash is not None:
-        needed = frozenset(feature.name for feature in FEATURES if feature.present(failed.case))
-        whole = Minimal(comparison=failed, needed=needed)
-        return Diagnosis(cause=f"the layout does not run: {failed.crash.splitlines()[0]}", smallest=_in_words(whole))
+        return Diagnosis(cause=f"the layout does not run: {failed.crash.splitlines()[0]}", smallest=None)
     smallest = minimal(failed)
     return Diagnosis(cause=_cause(smallest), smallest=_in_words(smallest))
 

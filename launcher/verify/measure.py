@@ -58,6 +58,8 @@ class Found:
     """Of each step, reduced, before clipping."""
     state: dict[Kind, Shards]
     """After the last step."""
+    held: dict[str, int]
+    """Bytes that the rank holds before the last update, by kind (parallel.held)."""
 
 
 def engine_of(case: Case) -> Engine:
@@ -85,8 +87,10 @@ def found(case: Case, *, steps: int, led_by: Sequence[Mapping[str, np.ndarray]] 
     gradients: list[Shards] = []
     losses, norms = [], []
     update = engine.updater.step
+    held: dict[str, int] = {}
 
     def look_then_update(learning_rate: float) -> Tensor:
+        held.update(engine.updater.held())
         gradients.append(_shards(engine, engine.updater.gradient))
         if led_by is not None:
             _replace(engine, led_by[len(gradients) - 1])
@@ -99,7 +103,13 @@ def found(case: Case, *, steps: int, led_by: Sequence[Mapping[str, np.ndarray]] 
         norms.append(float(result.grad_norm))
     state = {kind: _shards(engine, lambda local, kind=kind: engine.updater.get(local, kind)) for kind in Kind}
     return Found(
-        place=_place(engine.topology), evaluated=evaluated, losses=losses, norms=norms, gradients=gradients, state=state
+        place=_place(engine.topology),
+        evaluated=evaluated,
+        losses=losses,
+        norms=norms,
+        gradients=gradients,
+        state=state,
+        held=held,
     )
 
 

@@ -5,15 +5,16 @@ plain PyTorch (stage 0):
 
 - float64 without ZeRO: everything that is not ZeRO, to 1e-11;
 - float32 with the configured ZeRO stage, to 2e-6;
-- the configured precision, if it is bf16: gradients may be 1.5 times as far from float32 as one rank's own bf16 is.
+- the configured precision, if it is bf16 (or auto, which is bf16 on an accelerator) or fp16: gradients may be 1.5 times
+  as far from float32 as one rank's are in that precision.
 
 The oracle is led by the layout's gradients (launcher/verify/measure.py), so all steps are compared at the same weights.
-fp16 and fp8 do not run on a CPU; that they were skipped stands in the certificate.
 """
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -25,12 +26,13 @@ from parallel.config import ParallelConfig, Precision
 from parallel.optimizer import Kind
 
 _LIMITS = {torch.float64: 1e-11, torch.float32: 2e-6}
-_BF16_FACTOR = 1.5
-"""How much further from float32 than one rank's bf16 a layout's bf16 may be."""
-_BF16_LOSS, _BF16_NORM = 1e-3, 1e-2
-"""Relative errors of a loss and of a norm that bf16 may have in any case."""
+_HALVES = {Precision.auto: torch.bfloat16, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+_HALF_FACTOR = 1.5
+"""How much further from float32 than one rank a layout may be in bf16 or fp16."""
+_HALF_LOSS, _HALF_NORM = 1e-3, 1e-2
+"""Relative errors of a loss and of a norm that bf16 and fp16 may have in any case."""
 _MASTERS_LIMIT = 2e-6
-"""Masters and moments are float32 in bf16 training; fed the same gradients, they are as exact."""
+"""Masters and moments are float32 in bf16 and fp16 training; fed the same gradients, they are as exact."""
 _KINDS = {Kind.weight: "weights", Kind.first_moment: "first moments", Kind.second_moment: "second moments"}
 
 
@@ -66,6 +68,8 @@ class Comparison:
     """Global gradient norms that the layout reported, of each step."""
     places: Sequence[Mapping[str, int]] = ()
     """Each rank's coordinate in each dimension."""
+    held: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Bytes by kind that the fullest rank holds before an update, and that one rank alone would hold."""
     seconds: float = 0.0
 
     @property
@@ -95,13 +99,12 @@ class Proof:
     """One run of one layout, and whether it equals one rank."""
 
     name: str
-    comparison: Comparison | None
-    skipped: str | None = None
-    """Why it was not run."""
+    """Precision and ZeRO stage."""
+    comparison: Comparison
 
     @property
     def passed(self) -> bool:
-        return self.comparison is None or self.comparison.passed
+        return self.comparison.passed
 
 
 def proofs(shrunk: Shrunk) -> Iterator[Proof]:
@@ -111,12 +114,10 @@ def proofs(shrunk: Shrunk) -> Iterator[Proof]:
     without_zero = replace(config, parallel=replace(config.parallel, zero_stage=0, offload=False))
     yield Proof(name="float64", comparison=compared(Case(config=without_zero, ranks=ranks, dtype=torch.float64)))
     yield Proof(name=f"fp32 ZeRO-{stage}", comparison=compared(Case(config=config, ranks=ranks)))
-    if config.precision in (Precision.bf16, Precision.auto):
-        case = Case(config=config, ranks=ranks, dtype=torch.bfloat16)
-        yield Proof(name=f"bf16 ZeRO-{stage}", comparison=compared(case))
-    elif config.precision is Precision.fp16:
-        reason = "DeepSpeed has no fp16 on a CPU; its loss scaling wants an accelerator"
-        yield Proof(name=f"fp16 ZeRO-{stage}", comparison=None, skipped=reason)
+    half = _HALVES.get(config.precision)
+    if half is not None:
+        name = "fp16" if half is torch.float16 else "bf16"
+        yield Proof(name=f"{name} ZeRO-{stage}", comparison=compared(Case(config=config, ranks=ranks, dtype=half)))
 
 
 def one_rank(case: Case) -> Case:
@@ -127,19 +128,17 @@ def one_rank(case: Case) -> Case:
 def compared(case: Case, *, steps: int = STEPS) -> Comparison:
     """Runs a case and its oracle."""
     started = time.monotonic()
+    oracle = one_rank(case)
+    oracles = [oracle, replace(oracle, dtype=torch.float32)] if case.dtype in _HALVES.values() else [oracle]
+    who = ""
     try:
         per_rank = run_world(lambda: found(case, steps=steps), case.ranks, seconds=60 + 10 * case.ranks)
-    except (RankDied, WorldTimeout) as error:
-        return Comparison(case=case, checks=(), crash=str(error), seconds=time.monotonic() - started)
+        gradients = [whole([rank.gradients[step] for rank in per_rank]) for step in range(steps)]
+        led_by = [step.tensors for step in gradients]
+        who = "one rank alone: "
+        found_by = run_world(lambda: [found(each, steps=steps, led_by=led_by) for each in oracles], 1)[0]
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        notes = "\n".join(getattr(error, "__notes__", ()))
-        return Comparison(case=case, checks=(), crash=f"{reason}\n{notes}", seconds=time.monotonic() - started)
-    gradients = [whole([rank.gradients[step] for rank in per_rank]) for step in range(steps)]
-    led_by = [step.tensors for step in gradients]
-    oracle = one_rank(case)
-    oracles = [oracle, replace(oracle, dtype=torch.float32)] if case.dtype is torch.bfloat16 else [oracle]
-    found_by = run_world(lambda: [found(each, steps=steps, led_by=led_by) for each in oracles], 1)[0]
+        return Comparison(case=case, checks=(), crash=who + _crash(error), seconds=time.monotonic() - started)
     ours = _Side.of(per_rank, gradients)
     references = [_Side.of([each], [whole([step]) for step in each.gradients]) for each in found_by]
     checks = _exact(ours, references[0], _LIMITS[case.dtype]) if len(oracles) == 1 else _rounded(ours, *references)
@@ -150,8 +149,20 @@ def compared(case: Case, *, steps: int = STEPS) -> Comparison:
         reference=[step.tensors for step in references[-1].gradients],
         norms=ours.ranks[0].norms,
         places=[rank.place for rank in per_rank],
+        held={kind: (max(rank.held[kind] for rank in per_rank), alone) for kind, alone in found_by[0].held.items()},
         seconds=time.monotonic() - started,
     )
+
+
+def _crash(error: Exception) -> str:
+    """What a rank raised, and where; the stack of it and of ranks that were stuck below."""
+    if isinstance(error, RankDied | WorldTimeout):
+        return str(error)
+    stack = "\n".join(getattr(error, "__notes__", ()))
+    rank = re.search(r"on rank (\d+)", stack)
+    places = re.findall(r'File "[^"]*?([^/"]+/[^/"]+)", line (\d+)', stack)
+    where = f" (rank {rank[1]}, {places[-1][0]}:{places[-1][1]})" if rank and places else ""
+    return f"{type(error).__name__}: {error}{where}\n{stack}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,12 +204,12 @@ def _exact(ours: _Side, reference: _Side, limit: float) -> list[Check]:
 
 
 def _rounded(ours: _Side, own: _Side, exact: _Side) -> list[Check]:
-    """Against float32, with what one rank's own bf16 loses as the measure; masters against bf16 on one rank."""
+    """Against float32, with what one rank's own roundings lose as the measure; masters against one rank's."""
     error, name = _worst_gradient(ours, exact)
-    limit = _BF16_FACTOR * _worst_gradient(own, exact)[0]
-    floors = {LOSS: _BF16_LOSS, "evaluation loss": _BF16_LOSS, NORM: _BF16_NORM}
+    limit = _HALF_FACTOR * _worst_gradient(own, exact)[0]
+    floors = {LOSS: _HALF_LOSS, "evaluation loss": _HALF_LOSS, NORM: _HALF_NORM}
     numbers = {
-        what: _number(what, ours, exact, max(_BF16_FACTOR * _number(what, own, exact, 0.0).error, floors[what]))
+        what: _number(what, ours, exact, max(_HALF_FACTOR * _number(what, own, exact, 0.0).error, floors[what]))
         for what in _NUMBERS
     }
     checks = [

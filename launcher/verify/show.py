@@ -10,9 +10,9 @@ from launcher.verify.certificate import Proven, Result, data_parallel
 from launcher.verify.matrix import Row
 from launcher.verify.proof import GRADIENTS, Check, Proof
 from launcher.verify.shrink import Change, Shrunk
-from parallel.common.units import format_duration
+from parallel.common.units import format_bytes, format_duration
 
-_STYLES = {"equal": "green", "proven": "green", "WRONG": "bold red", "skipped": "yellow"}
+_STYLES = {"equal": "green", "proven": "green", "WRONG": "bold red", "dropped": "yellow"}
 
 
 class Shown:
@@ -33,9 +33,6 @@ class Shown:
 
     def proof(self, proof: Proof) -> None:
         """The lines of one run."""
-        if proof.comparison is None:
-            self._print(f"  {proof.name:<16}skipped: {proof.skipped}", "skipped")
-            return
         if proof.comparison.crash is not None:
             self._print(f"  {proof.name:<16}{proof.comparison.crash}", "WRONG")
         for number, check in enumerate(proof.comparison.checks):
@@ -43,32 +40,35 @@ class Shown:
             verdict = "equal" if check.passed else "WRONG"
             line = f"  {name:<16}{check.what:<18}{check.compared:>4}  {check.worst or '':<52}"
             self._print(f"{line} {_number(check.error):>8} {_number(check.limit):>8}  {verdict}", verdict)
+        if proof.comparison.case.config.parallel.zero_stage:
+            held = [f"{kind} {_held(*both)}" for kind, both in proof.comparison.held.items() if any(both)]
+            self._print(f"  {'':<16}held by a rank, of what one rank alone holds: {', '.join(held)}")
 
     def verdict(self, result: Result, *, strict: bool) -> None:
         """What came of the one layout that was asked for."""
         for proven in result.proven:
             self._failure(proven)
-        for phrase in result.left_out:
-            self._print(f"left out: {phrase}", "skipped")
+        for phrase in result.dropped:
+            self._print(f"dropped: {phrase}", "dropped")
         row = result.row
         name = f"{row.name} on {_ranks(row.ranks)} ({data_parallel(row.config, row.ranks)} data parallel)"
-        if result.passed and not (strict and result.left_out):
+        if result.passed and not (strict and result.dropped):
             how = "" if len(result.proven) == 1 else ", by all its dimensions at smaller degrees and by each pair"
             self._print(f"{name} is proven equal to one rank{how} in {format_duration(result.seconds)}", "proven")
         elif result.passed:
-            self._print(f"{name} is proven but for what was left out, which --strict does not accept", "WRONG")
+            self._print(f"{name} is proven but for what was dropped, which --strict does not accept", "WRONG")
         else:
             self._print(f"{name} is NOT equal to one rank ({format_duration(result.seconds)})", "WRONG")
 
     def line(self, result: Result, *, strict: bool) -> None:
         """One row of a list."""
         self._done += 1
-        passed = result.passed and not (strict and result.left_out)
+        passed = result.passed and not (strict and result.dropped)
         place = f"[{self._done:>{len(str(self._total))}}/{self._total}]"
         found = ", ".join(
             f"{proof.name} {_number(_gradient(proof).error)}"
             for proof in result.proven[0].proofs
-            if proof.comparison and proof.comparison.checks
+            if proof.comparison.checks
         )
         verdict = "proven" if passed else "WRONG"
         took = format_duration(result.seconds)
@@ -76,12 +76,12 @@ class Shown:
         self._print(line, verdict)
         for proven in result.proven:
             self._failure(proven)
-        for phrase in result.left_out:
-            self._print(f"      left out: {phrase}", "skipped")
+        for phrase in result.dropped:
+            self._print(f"      dropped: {phrase}", "dropped")
 
     def total(self, results: Sequence[Result], *, strict: bool, seconds: float) -> None:
         """The end of a list."""
-        passed = sum(result.passed and not (strict and result.left_out) for result in results)
+        passed = sum(result.passed and not (strict and result.dropped) for result in results)
         verdict = "proven" if passed == len(results) else "WRONG"
         said = f"{passed} of {len(results)} layouts are proven equal to one rank"
         self._print(f"{said}, in {format_duration(seconds)}", verdict)
@@ -90,26 +90,29 @@ class Shown:
         if proven.diagnosis is None:
             return
         proof = next(proof for proof in proven.proofs if not proof.passed)
-        assert proof.comparison is not None
         wrong = [check for check in proof.comparison.checks if not check.passed]
         for check in wrong[:3]:
             of = f" of {check.worst}" if check.worst else ""
             said = f"error {_number(check.error)}, limit {_number(check.limit)}"
             self._print(f"  WRONG in {proof.name}: {check.what}{of} ({said})", "WRONG")
         self._print(f"  likely cause: {proven.diagnosis.cause}.")
-        self._print(f"  the smallest setting that shows it: {proven.diagnosis.smallest}")
+        if proven.diagnosis.smallest is not None:
+            self._print(f"  the smallest setting that shows it: {proven.diagnosis.smallest}")
 
     def _print(self, line: str, verdict: str | None = None) -> None:
         self._console.print(Text(line, style=_STYLES.get(verdict or "", "")))
 
 
 def _gradient(proof: Proof) -> Check:
-    assert proof.comparison is not None
     return next(check for check in proof.comparison.checks if check.what == GRADIENTS)
 
 
 def _ranks(number: int) -> str:
     return f"{number} rank{'s' if number > 1 else ''}"
+
+
+def _held(rank: int, alone: int) -> str:
+    return f"{format_bytes(rank)} of {format_bytes(alone)}" if alone else format_bytes(rank)
 
 
 def _features(shrunk: Shrunk) -> str:

@@ -14,7 +14,7 @@ from parallel.common.files import write_json
 
 
 def work(job: VerifyJob) -> int:
-    """Proves, shows and certifies; 1 if anything is wrong, with `strict` also if anything was left out."""
+    """Proves, shows and certifies; 1 if anything is wrong, with `strict` also if anything was dropped."""
     started = time.monotonic()
     shown = Shown(total=len(job.rows))
     results: list[Result] = []

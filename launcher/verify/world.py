@@ -5,7 +5,7 @@ each rank would pay for it again). They meet through a file, so that no port can
 
 Contract: a world ends. A rank that raises has its exception raised here with the rank's traceback as a note; a
 rank that dies is a `RankDied`; a world that is not done after `seconds` is a `WorldTimeout` with the stack of every
-rank that was stuck. No process outlives the call, and none is ended but by its own id.
+rank that was stuck. No process outlives the call or its parent, and none is ended but by its own id.
 
 Trade-off: a fork copies the parent's threads' locks but not its threads. So the parent must not have run OpenMP
 regions with several threads (`bloomery verify` and the tests set OMP_NUM_THREADS=1) nor hold a process group itself.
@@ -30,6 +30,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from launcher.lifetime import die_with_parent
 
 _GRACE_SECONDS = 5.0
 """After a first failure, the time that the other ranks have to fail by themselves."""
@@ -110,6 +112,7 @@ def _fork(
     reader, writer = Pipe(duplex=False)
     stacks = directory / f"stacks-{number}"
     stacks.touch()
+    parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
     with warnings.catch_warnings():
@@ -121,6 +124,7 @@ def _fork(
         return _Rank(number, pid, reader, stacks)
     status = 1
     try:
+        die_with_parent(parent)
         reader.close()
         answer = _call(number, world_size, directory, function, args, seconds)
         sys.stdout.flush()
