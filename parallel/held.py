@@ -8,12 +8,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-KINDS = ("weights", "masters", "moments", "gradients", "buffers")
-"""`gradients` are the sums over micro-batches; `buffers` what communication keeps besides."""
+from parallel.memory import HOST, KINDS
+
 Tensors = Mapping[str, Iterable[Tensor | None]]
 """Some of a rank's tensors for each of `KINDS`."""
-HOST = "host_"
-"""Prefix of what lies in the host's memory while the model is on an accelerator."""
 
 
 def storages(tensors: Tensors, device: torch.device) -> dict[str, dict[int, torch.UntypedStorage]]:

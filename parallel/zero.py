@@ -47,12 +47,10 @@ from parallel.config import OptimizerConfig
 from parallel.held import Tensors, held
 from parallel.loss_scale import LossScale
 from parallel.mechanism import Mechanism, Reduction, mechanism
+from parallel.memory import bucket_elements
 from parallel.optimizer import EXPERTS, MOMENTS, Kind, adamw, add_squares, create_state, reduce_tied, set_steps
 from parallel.parameters import LocalParameter
 from parallel.topology import Topology
-
-_BUCKET_ELEMENTS = 50_000_000
-"""Gradients travel in buckets of at most this many elements (200 MB in fp32); a buffer of that size is allocated."""
 
 
 class _ModelParallelUnit:
@@ -103,9 +101,9 @@ class _Engine(DeepSpeedEngine):
 
 
 def _deepspeed_configuration(
-    mechanism: Mechanism, *, dtype: torch.dtype, clip_norm: float, topology: Topology, largest: int
+    mechanism: Mechanism, *, dtype: torch.dtype, clip_norm: float, topology: Topology, elements: int
 ) -> dict[str, Any]:
-    bucket = min(_BUCKET_ELEMENTS, largest)
+    bucket = bucket_elements(elements)
     pinned = topology.device.type != "cpu"
     return {
         "train_batch_size": topology.data_parallel_group.size(),
@@ -163,7 +161,7 @@ class ZeroUpdater:
             dtype=dtype,
             clip_norm=config.clip_norm,
             topology=topology,
-            largest=max(1024, sum(local.shape.numel() for local in parameters)),
+            elements=sum(local.shape.numel() for local in parameters),
         )
         self.module = self._engine = _Engine(
             args=None,

@@ -1,7 +1,6 @@
 """ZeRO beyond the gradient matrix: experts, offload, fp16, what each rank holds, and in which precision it adds up."""
 
 import gc
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from launcher.explain.measured import before_last_micro_batch
 from launcher.verify.compare import Tensors, whole, worst
 from launcher.verify.measure import Case, batch_of, engine_of, found
 from launcher.verify.world import run_world
@@ -247,17 +247,6 @@ def test_bf16_gradients_of_many_micro_batches_add_up_in_fp32(stage: int, offload
     for gradient, norm in run_world(climbed, 2, stage, offload):
         torch.testing.assert_close(gradient, torch.full((6, 4), total), rtol=1e-6, atol=0)
         assert norm == pytest.approx(total * 24**0.5, rel=1e-6)
-
-
-def before_last_micro_batch[Seen](engine: Engine, case: Case, look: Callable[[], Seen]) -> Seen:
-    """What `look` sees in the middle of a step, when only one forward pass is left."""
-    batch = batch_of(case, 0, engine.topology)
-    passes = itertools.count(1)
-    last = len(batch["tokens"]) // case.config.train.micro_batch_size * case.config.parallel.virtual_pipeline
-    seen: list[Seen] = []
-    engine.updater.module.register_forward_pre_hook(lambda *_: seen.append(look()) if next(passes) == last else None)
-    engine.accumulate(batch)
-    return seen[-1]
 
 
 @cache
