@@ -15,13 +15,13 @@ from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from parallel.common.stateful import Stateful
 from parallel.config import OptimizerConfig
+from parallel.fragments import Held
 from parallel.optimizer import Kind, PlainUpdater, Updater
 from parallel.parameters import LocalParameter, local_parameters
 from parallel.schedules import Schedule
@@ -181,8 +181,8 @@ class Engine:
     def participants(self) -> dict[str, Stateful]:
         """What a checkpoint keeps: weights, moments, steps taken."""
         return {
-            "model": _Held(self, (Kind.weight,)),
-            "optimizer": _Held(self, (Kind.first_moment, Kind.second_moment)),
+            "model": Held(self.parameters, self.updater, (Kind.weight,)),
+            "optimizer": Held(self.parameters, self.updater, (Kind.first_moment, Kind.second_moment)),
             "schedule": _Steps(self),
         }
 
@@ -236,37 +236,6 @@ class Engine:
             loss_sum.zero_()
         dist.all_reduce(loss_sum)
         return loss_sum
-
-
-class _Held:
-    """What the optimizer holds of the given kinds, as shards of global tensors."""
-
-    def __init__(self, engine: Engine, kinds: Sequence[Kind]) -> None:
-        self._engine = engine
-        self._kinds = kinds
-
-    def state_dict(self) -> dict[str, ShardedTensor]:
-        """Shards by a name unique on this rank; all ranks call this together."""
-        state: dict[str, ShardedTensor] = {}
-        for kind in self._kinds:
-            for local in self._engine.parameters:
-                value = self._engine.updater.get(local, kind)
-                for shard in local.shards:
-                    key = f"{kind.value}.{shard.description.key}"
-                    state[f"{kind.value}.{shard.name}"] = shard.holding(value, key=key)
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes the shards that `state_dict` described, filled."""
-        self._engine.updater.put(self._assembled(state))
-
-    def _assembled(self, state: Mapping[str, Tensor]) -> Iterator[tuple[LocalParameter, Kind, Tensor]]:
-        for kind in self._kinds:
-            for local in self._engine.parameters:
-                value = torch.empty(local.shape, dtype=torch.float32, device=self._engine.topology.device)
-                for shard in local.shards:
-                    shard.of(value).copy_(state[f"{kind.value}.{shard.name}"])
-                yield local, kind, value
 
 
 class _Steps:

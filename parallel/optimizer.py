@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from parallel.config import OptimizerConfig
 from parallel.held import Tensors, held
 from parallel.loss_scale import LossScale
-from parallel.parameters import LocalParameter
+from parallel.parameters import Fragment, LocalParameter
 from parallel.topology import Topology
 
 
@@ -68,12 +69,16 @@ class Updater(Protocol):
         """The reduced gradient of a whole local parameter, after `accumulation`; every rank of its group calls this."""
         ...
 
-    def get(self, local: LocalParameter, kind: Kind) -> Tensor:
-        """What the optimizer holds of a whole local parameter; every rank of its data-parallel group calls this."""
+    def fragments(self, local: LocalParameter, kind: Kind) -> Sequence[Fragment]:
+        """What this rank's optimizer holds of a local parameter: live memory, which may be written to."""
         ...
 
-    def put(self, values: Iterator[tuple[LocalParameter, Kind, Tensor]]) -> None:
-        """Replaces what the optimizer holds; weights of the forward pass follow the masters."""
+    def sharers(self, local: LocalParameter) -> ProcessGroup | None:
+        """The ranks that hold the fragments of a parameter together; None where each of them holds all of it."""
+        ...
+
+    def follow(self) -> None:
+        """After masters were written to, makes the weights of the forward pass follow; all ranks call this."""
         ...
 
     def set_steps_taken(self, steps: int) -> None:
@@ -233,16 +238,18 @@ class PlainUpdater:
     def gradient(self, local: LocalParameter) -> Tensor:
         return self.gradients[self._index[local.parameter]]
 
-    def get(self, local: LocalParameter, kind: Kind) -> Tensor:
+    def fragments(self, local: LocalParameter, kind: Kind) -> list[Fragment]:
         master = self.masters[self._index[local.parameter]]
-        return master.detach() if kind is Kind.weight else self.optimizer.state[master][kind.value]
+        value = master.detach() if kind is Kind.weight else self.optimizer.state[master][kind.value]
+        return [Fragment(start=0, value=value.view(-1))]
+
+    def sharers(self, local: LocalParameter) -> None:
+        return None
 
     @torch.no_grad()
-    def put(self, values: Iterator[tuple[LocalParameter, Kind, Tensor]]) -> None:
-        for local, kind, value in values:
-            self.get(local, kind).copy_(value)
-            if kind is Kind.weight:
-                self._round(local, self.masters[self._index[local.parameter]])
+    def follow(self) -> None:
+        for local, master in zip(self.parameters, self.masters, strict=True):
+            self._round(local, master)
 
     def set_steps_taken(self, steps: int) -> None:
         set_steps(self.optimizer, steps)

@@ -26,11 +26,6 @@ class Shard:
     start: int
     """First element of the piece in the flattened local parameter."""
 
-    @property
-    def name(self) -> str:
-        """A name that is unique on this rank: a SwiGLU's two halves are two pieces of one global tensor."""
-        return f"{self.description.key}@{','.join(map(str, self.description.global_offset))}"
-
     def of(self, local: Tensor) -> Tensor:
         """The piece of a tensor that has the whole local parameter's shape; a view."""
         return (
@@ -38,11 +33,6 @@ class Shard:
             .narrow(0, self.start, math.prod(self.description.local_shape))
             .view(self.description.local_shape)
         )
-
-    def holding(self, local: Tensor, *, key: str) -> ShardedTensor:
-        """The description under another name with the piece of `local` as its data."""
-        data = self.of(local)
-        return replace(self.description, key=key, data=data, dtype=data.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +51,21 @@ class LocalParameter:
     """Whether this is the last pipeline stage's copy of a tied embedding, which counts once in a norm."""
     tied: bool
     """Whether first and last pipeline stage hold copies of it, whose gradients are to be added."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fragment:
+    """A run of elements of a flattened local parameter that this rank holds."""
+
+    start: int
+    """First element."""
+    value: Tensor
+    """[elements], the memory of whoever holds them."""
+
+    @property
+    def stop(self) -> int:
+        """One more than the last element."""
+        return self.start + self.value.numel()
 
 
 def _pieces(chunk: torch.nn.Module) -> Iterator[ShardedTensor]:

@@ -35,13 +35,10 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import (
     logger,
-    safe_get_full_fp32_param,
     safe_get_full_grad,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
 )
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from parallel.config import OptimizerConfig
 from parallel.held import Tensors, held
@@ -49,7 +46,7 @@ from parallel.loss_scale import LossScale
 from parallel.mechanism import Mechanism, Reduction, mechanism
 from parallel.memory import bucket_elements
 from parallel.optimizer import EXPERTS, MOMENTS, Kind, adamw, add_squares, create_state, reduce_tied, set_steps
-from parallel.parameters import LocalParameter
+from parallel.parameters import Fragment, LocalParameter
 from parallel.topology import Topology
 
 
@@ -268,25 +265,26 @@ class ZeroUpdater:
         assert gradient is not None
         return gradient.view(local.shape) / self._kept_scale()
 
-    def get(self, local: LocalParameter, kind: Kind) -> Tensor:
-        if kind is Kind.weight:
-            value = safe_get_full_fp32_param(local.parameter)
-        else:
-            value = safe_get_full_optimizer_state(local.parameter, kind.value)
-        assert value is not None
-        return value.view(local.shape)
+    def fragments(self, local: LocalParameter, kind: Kind) -> list[Fragment]:
+        key = None if kind is Kind.weight else kind.value
+        if self.mechanism.stage == 3:
+            value, _ = self._zero._get_fp32_opt_state_partition(
+                local.parameter, release_swap_buffers=True, optim_state_key=key
+            )
+            start = value.numel() * self._zero._get_param_partition_rank(local.parameter)
+            elements = min(value.numel(), local.shape.numel() - start)  # the last parts are filled up
+            return [Fragment(start=start, value=value.detach()[:elements])] if elements > 0 else []
+        held: Any = local.parameter._hp_mapping  # type: ignore[attr-defined]
+        if held is None:
+            return []
+        return [Fragment(start=held.lp_fragment_address.start, value=held.get_hp_fragment(key).detach())]
+
+    def sharers(self, local: LocalParameter) -> ProcessGroup:
+        topology = self.topology
+        return topology.expert_data_parallel_group if local.expert else topology.data_parallel_group
 
     @torch.no_grad()
-    def put(self, values: Iterator[tuple[LocalParameter, Kind, Tensor]]) -> None:
-        for local, kind, value in values:
-            if kind is Kind.weight:
-                safe_set_full_fp32_param(local.parameter, value)
-            else:
-                safe_set_full_optimizer_state(local.parameter, value, kind.value)
-        self._round()
-
-    def _round(self) -> None:
-        """Makes the weights of the forward pass follow the masters, on all ranks."""
+    def follow(self) -> None:
         if self.mechanism.stage < 3:
             self._zero.update_lp_params()
             return

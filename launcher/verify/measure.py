@@ -21,6 +21,7 @@ from launcher.config import RunConfig
 from launcher.verify.batches import Traits, slice_of, synthetic_batch
 from model.objectives import causal_language_modelling
 from parallel.engine import Engine
+from parallel.fragments import whole_value
 from parallel.optimizer import Kind
 from parallel.parameters import LocalParameter
 from parallel.topology import Topology
@@ -101,7 +102,7 @@ def found(case: Case, *, steps: int, led_by: Sequence[Mapping[str, np.ndarray]] 
         result = engine.step(batch_of(case, step, engine.topology))
         losses.append(float(result.loss))
         norms.append(float(result.grad_norm))
-    state = {kind: _shards(engine, lambda local, kind=kind: engine.updater.get(local, kind)) for kind in Kind}
+    state = {kind: _shards(engine, lambda local, kind=kind: whole_value(engine.updater, local, kind)) for kind in Kind}
     return Found(
         place=_place(engine.topology),
         evaluated=evaluated,

@@ -17,6 +17,7 @@ from launcher.verify.world import run_world
 from model.config import Dispatcher, MoeConfig
 from parallel.config import OptimizerConfig, ParallelConfig
 from parallel.engine import Engine
+from parallel.fragments import whole_value
 from parallel.held import storages
 from parallel.optimizer import Kind, PlainUpdater, Updater
 from parallel.parameters import LocalParameter
@@ -142,7 +143,7 @@ def test_three_ranks_round_as_one_does(dtype: torch.dtype, stage: int) -> None:
 
 
 def weights(engine: Engine) -> Tensor:
-    return torch.cat([engine.updater.get(local, Kind.weight).flatten().clone() for local in engine.parameters])
+    return torch.cat([whole_value(engine.updater, local, Kind.weight).flatten().clone() for local in engine.parameters])
 
 
 def overflowing(case: Case) -> dict[str, Any]:
