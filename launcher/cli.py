@@ -47,6 +47,11 @@ VERBS = {
         arguments="CONFIG... [key=value ...]",
         meaning="prove the layout equal to one rank, small, on the CPU",
     ),
+    "checkpoint": Verb(
+        module="launcher.verbs.checkpoint",
+        arguments="WORD ...",
+        meaning="checkpoints out of a run and into one: export, import",
+    ),
     "evaluate": Verb(
         module="launcher.verbs.evaluate", arguments="CHECKPOINT", meaning="bits per byte on the validation documents"
     ),

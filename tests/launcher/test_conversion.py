@@ -19,8 +19,8 @@ from launcher.verbs.conversion import export_main, import_main
 from launcher.verify.world import run_world
 from launcher.work import Ranks
 from parallel.common.errors import UserError
+from tests.launcher.tiny import bloomery, run
 from tests.launcher.tiny import configuration as make_configuration
-from tests.launcher.tiny import run
 
 pytestmark = pytest.mark.distributed
 
@@ -151,6 +151,17 @@ def test_what_does_not_fit_is_named_and_leaves_nothing(
     theirs: Path, tmp_path: Path, change: Callable[[Path], None], told: str
 ) -> None:
     assert told in broken(theirs, tmp_path, change)
+
+
+def test_the_words_of_the_command_line(theirs: Path, tmp_path: Path) -> None:
+    """Both ways as a user calls them, in processes of their own."""
+    for word, source, output in (("import", theirs, tmp_path / "run"), ("export", tmp_path / "run", tmp_path / "back")):
+        done = bloomery("checkpoint", word, source, "--output", output, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "logits as transformers computes them" in done.stdout
+    wrong = bloomery("checkpoint", "exprot", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "did you mean export?" in wrong.stderr
 
 
 def test_an_output_that_exists_is_not_touched(theirs: Path, tmp_path: Path) -> None:
