@@ -80,7 +80,7 @@ def sole_builder(root: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"data.store is {root}, which cannot be made: {error.strerror}") from error
     names = sorted(entry.name for entry in root.iterdir())
-    if names and not {sealed.STAGES, sealed.MANIFEST} & set(names):
+    if names and not {sealed.STAGES, sealed.MANIFEST, sealed.GROWTH} & set(names):
         raise UserError(
             f"data.store is {root}, which holds other files ({names[0]}): expected a new or empty directory"
         )
@@ -174,8 +174,8 @@ class _Build:
                 for name, chosen in ((TRAINING, ~kept.validation), (VALIDATION, kept.validation)):
                     rows = kept.row[chosen & (kept.source == number)]
                     rows = rows[writer.documents_written(source, name) :]
-                    encoded = _encoded(parts, rows, tokenizer, meter)
-                    while writer.add_shard(source, name, encoded, max_tokens=self._config.shard_tokens):
+                    documents_left = encoded(parts, rows, tokenizer, meter)
+                    while writer.add_shard(source, name, documents_left, max_tokens=self._config.shard_tokens):
                         pass
         self._pipeline.say("store", sealed.store_outcome(writer.shards, parts.sources), reused=False)
         with room_on_disk(self._root / sealed.REPORT, "store"):
@@ -193,14 +193,14 @@ def _metered(parts: Parts, rows: NDArray[np.int64], meter: Meter) -> Iterator[st
             yield text
 
 
-def _encoded(parts: Parts, rows: NDArray[np.int64], tokenizer: Tokenizer, meter: Meter) -> Iterator[TokenizedDocument]:
+def encoded(parts: Parts, rows: NDArray[np.int64], tokenizer: Tokenizer, meter: Meter) -> Iterator[TokenizedDocument]:
     """Documents on their way into the store, about a MiB encoded at a time."""
     for batch in texts_of(parts, rows):
         sizes = [len(text.encode()) for _, text in batch]
         portions = np.cumsum(sizes) // _ENCODED_BYTES
         borders = [0, *(np.flatnonzero(np.diff(portions)) + 1).tolist(), len(batch)]
         for start, stop in pairwise(borders):
-            encoded = tokenizer.encode_batch([text for _, text in batch[start:stop]])
-            for (identifier, _), tokens, size in zip(batch[start:stop], encoded, sizes[start:stop], strict=True):
+            found = tokenizer.encode_batch([text for _, text in batch[start:stop]])
+            for (identifier, _), tokens, size in zip(batch[start:stop], found, sizes[start:stop], strict=True):
                 yield TokenizedDocument(id=identifier, tokens=tokens, text_bytes=size)
             meter.advance(sum(sizes[start:stop]))

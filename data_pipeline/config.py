@@ -171,6 +171,30 @@ class FillInTheMiddleConfig:
     """Only in these sources, for example code; empty: in all."""
 
 
+class IndexKind(StrEnum):
+    """How a growing store remembers what it has seen."""
+
+    verified = "verified"
+    """Bands in a key-value store on disk; what shares one is compared with the kept text, exactly."""
+    bloom = "bloom"
+    """Bands in Bloom filters of a size stated in advance (LSHBloom); what shares one is dropped unseen."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GrowConfig:
+    """A store that grows by sealed shards (`bloomery data grow`)."""
+
+    portion_bytes: int = 64 << 20
+    """Text of each source that is worked on at a time, and becomes a shard; training waits for whole ones."""
+    idle_seconds: float = 0.0
+    """When all files are read: wait so long for new ones before the store is finished. 0: finish at once."""
+    index: IndexKind = IndexKind.verified
+    bloom_documents: int = 100_000_000
+    """Kept documents for which the Bloom filters are laid out."""
+    bloom_false_share: float = 1e-4
+    """Share of new documents that full filters would drop by chance."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """From raw text to batches."""
@@ -182,6 +206,7 @@ class DataConfig:
     stages: StagesConfig = field(default_factory=StagesConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    grow: GrowConfig = field(default_factory=GrowConfig)
     shard_tokens: int = 100_000_000
     """Tokens after which a shard of the store is sealed."""
     mixture: dict[str, float] = field(default_factory=dict)
@@ -245,6 +270,10 @@ class DataConfig:
             ("validation.share", self.validation.share, 0, 0.5),
             ("tokenizer.sample_bytes", self.tokenizer.sample_bytes, 1, None),
             ("shard_tokens", self.shard_tokens, 1, None),
+            ("grow.portion_bytes", self.grow.portion_bytes, 1, None),
+            ("grow.idle_seconds", self.grow.idle_seconds, 0, None),
+            ("grow.bloom_documents", self.grow.bloom_documents, 1, None),
+            ("grow.bloom_false_share", self.grow.bloom_false_share, 1e-12, 0.5),
         )
         for key, got, least, most in ranges:
             if got < least or (most is not None and got > most):

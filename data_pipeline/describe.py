@@ -13,6 +13,8 @@ _GOOD_RECALL = 0.99
 
 def line(stage: str, outcome: Mapping[str, Any]) -> str:
     """What a stage kept and dropped, in human units."""
+    if set(outcome) == {"counts"}:  # of a growing store, over all portions
+        return kept_and_dropped(outcome["counts"])
     return _LINES[stage](outcome)
 
 

@@ -7,12 +7,42 @@ sealed, and reads what every other rank reads there.
 import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
+from data_pipeline.config import DataConfig
+from data_pipeline.manifest import Manifest
 from data_pipeline.store import Store
 from parallel.common.errors import UserError
 from parallel.common.units import format_duration
 
 logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 1.0
+
+
+def open_store(config: DataConfig) -> Store:
+    """The store that training reads: a finished one, or one that grows and has sealed something (`data.follow`).
+
+    Raises:
+        UserError: it is missing, unfinished or damaged, or nothing was sealed within the limit.
+    """
+    path = Path(config.store)
+    begun = time.monotonic()
+    while config.follow and not _has_shards(path):
+        if time.monotonic() - begun >= config.follow_seconds:
+            raise UserError(
+                f"{path} has sealed nothing for {format_duration(config.follow_seconds)} (data.follow_seconds): see "
+                f"whether `bloomery data grow` runs"
+            )
+        if time.monotonic() - begun < _LOOK_SECONDS:
+            logger.warning("waiting up to %s for the first shard of %s", format_duration(config.follow_seconds), path)
+        time.sleep(_LOOK_SECONDS)
+    return Store.open(path, follow=config.follow)
+
+
+def _has_shards(path: Path) -> bool:
+    manifest = Manifest.read(path)
+    return manifest is not None and bool(manifest.shards)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

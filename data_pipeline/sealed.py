@@ -26,6 +26,7 @@ MANIFEST = "manifest.jsonl"
 REPORT = "report.json"
 CLUSTERS = "clusters.parquet"
 STAGES = "stages"
+GROWTH = "growth"
 _FORMAT = 1
 
 

@@ -135,16 +135,28 @@ class Workspace:
         write_json(file, {**json.loads(file.read_bytes()), "fingerprint": fingerprint})
 
     def _commit(self, stage: str, partial: Path, manifest: dict[str, Any]) -> None:
-        files = sorted(partial.iterdir())
-        for file in files:
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        manifest["files"] = {file.name: file.stat().st_size for file in files}
-        write_json(partial / _MANIFEST, manifest)
         final = self.directory / stage
+        write_manifest(partial, manifest)
         if final.exists():
             old = self.directory / f".{stage}.old"
             final.rename(old)
             shutil.rmtree(old)
         partial.rename(final)
         sync_directory(self.directory)
+
+
+def write_manifest(partial: Path, manifest: dict[str, Any]) -> None:
+    """Flushes the files of a directory and writes its manifest, which says how large each is."""
+    files = sorted(partial.iterdir())
+    for file in files:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    manifest["files"] = {file.name: file.stat().st_size for file in files}
+    write_json(partial / _MANIFEST, manifest)
+
+
+def commit_directory(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Gives a directory its manifest and its name, which is not taken; the rename is the commit."""
+    write_manifest(partial, manifest)
+    partial.rename(final)
+    sync_directory(final.parent)

@@ -196,13 +196,14 @@ class StoreWriter:
     documents those are follows from the caller's order, which must be the same in every run.
     """
 
-    def __init__(self, path: Path, *, tokenizer: Tokenizer, configuration: str) -> None:
+    def __init__(self, path: Path, *, tokenizer: Tokenizer, configuration: str, grow: bool = False) -> None:
         """Opens the directory for writing; what no sealed shard claims is removed.
 
         Args:
             path: Directory of the store, made if missing; files of other names in it are left alone.
             tokenizer: Goes into the store as `tokenizer.json`.
             configuration: Fingerprint of everything that the store's content depends on.
+            grow: Go on behind the end of a finished store, whatever it was made from.
 
         Raises:
             UserError: the store there was built from another configuration or tokenizer, or is damaged.
@@ -217,6 +218,9 @@ class StoreWriter:
         self._shards = list(manifest.shards) if manifest else []
         self.finished: bool = manifest is not None and manifest.ended
         """The store is whole; nothing can be added."""
+        if manifest is not None and grow:
+            header["configuration"] = manifest.header["configuration"]
+        self._grows = grow
         if manifest is not None and manifest.header != header:
             changed = "tokenizer" if manifest.header["tokenizer"] != header["tokenizer"] else "configuration"
             raise UserError(
@@ -264,7 +268,7 @@ class StoreWriter:
         Raises:
             UserError: the disk is full.
         """
-        assert not self.finished
+        assert self._grows or not self.finished
         assert split in (TRAINING, VALIDATION)
         stem = f"shard-{len(self._shards):05d}"
         with _room_on_disk(self.path):
@@ -294,6 +298,7 @@ class StoreWriter:
                 window=window,
             )
             self._append(shard.record())
+        self.finished = False
         self._shards.append(shard)
         return shard
 

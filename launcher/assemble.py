@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from data_pipeline.following import open_store
 from data_pipeline.loader import Loader
 from data_pipeline.plan import Plan
 from data_pipeline.store import TRAINING, Store
@@ -64,7 +65,7 @@ class Parts:
 def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preempt: Preempt) -> Parts:
     """Builds the run on this rank; every rank calls this, `torch.distributed` is initialised."""
     train, steps = config.train, configuration.total_steps(config)
-    store = Store.open(Path(config.data.store), follow=config.data.follow)
+    store = open_store(config.data)
     topology = Topology.create(config.parallel)
     rows = vocabulary_size(config, store)
     engine = make_engine(config, vocabulary_size=rows, topology=topology, objective=causal_language_modelling)

@@ -1,6 +1,7 @@
 """`bloomery data`: from raw text to a token store, whole or one stage at a time.
 
 bloomery data build CONFIG... [key=value ...] [--overwrite]
+bloomery data grow CONFIG... [key=value ...]
 bloomery data dedup | decontaminate | train-tokenizer | tokenize INPUT... --output PLACE
 bloomery data stats | inspect | check | report STORE
 """
@@ -9,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from data_pipeline.build import build
+from data_pipeline.growth.job import grow
 from launcher.config import load, require
 from launcher.report.store_page import write_store_page
 from launcher.verbs import data_alone, data_look
@@ -41,10 +43,30 @@ def main(arguments: list[str]) -> int:
     word.add_argument("config", nargs="+", metavar="CONFIG|key=value", help="YAML files, then overrides")
     word.add_argument("--overwrite", action="store_true", help="replace a store that was built differently")
     word.set_defaults(run=_build)
+    word = words.add_parser(
+        "grow",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="a store that grows by sealed shards, which training may follow; adds to a finished one",
+        description="Works through the sources in portions and seals each as shards, while `bloomery train` with\n"
+        "data.follow=true may already read them. What resembles anything seen before is dropped. Behind a\n"
+        "store that `data build` finished it adds new sources, without reading the old text again.\n"
+        "The same command goes on where it stopped.",
+        epilog="example: bloomery data grow my-corpus.yaml data.grow.idle_seconds=3600",
+    )
+    word.add_argument("config", nargs="+", metavar="CONFIG|key=value", help="YAML files, then overrides")
+    word.set_defaults(run=_grow)
     data_alone.add_words(words)
     data_look.add_words(words)
     options = parser.parse_args(arguments)
     return options.run(options)
+
+
+def _grow(options: argparse.Namespace) -> int:
+    config = load(*split(options.config))
+    require(config, "data")
+    grow(config.data)
+    write_store_page(Path(config.data.store))
+    return 0
 
 
 def _build(options: argparse.Namespace) -> int:

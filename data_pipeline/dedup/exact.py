@@ -19,6 +19,8 @@ from data_pipeline.document import Group, Mapper, Parts, map_in_order, text_buff
 from data_pipeline.progress import Meter
 
 REASON = "with the text of another"
+DIGESTS = "digests.npy"
+"""xxh3-128 of every text, uint64 [rows, 2]: what is added later is compared with it."""
 
 
 def hash_texts(texts: pa.Array) -> NDArray[np.uint64]:
@@ -48,6 +50,7 @@ def deduplicate_exactly(
     removed, twins = _repetitions(parts, halves, np.flatnonzero(came_in))
     removal = Removal(row=removed, kept_row=twins, jaccard=np.ones(len(removed)))
     removal.write(directory)
+    np.save(directory / DIGESTS, halves, allow_pickle=False)
     return {"counts": count_removed(parts, came_in, sizes, removal, REASON)}
 
 

@@ -28,7 +28,8 @@ from data_pipeline.document import Group, Mapper, Parts, map_in_order, text_buff
 from data_pipeline.progress import Meter
 
 _BUCKET = 128
-_BANDS_FILE = "bands.work"
+BANDS = "bands.bin"
+"""Left in the stage: documents that are added later are compared without reading the old texts again."""
 _SHINGLES_FILE = "shingles.work"
 
 
@@ -54,11 +55,35 @@ def deduplicate_nearly(
     meter: Meter,
     mapper: Mapper = map_in_order,
 ) -> dict[str, Any]:
-    """Writes which documents are removed of the rows that `came_in`; returns the counts."""
-    bands_file = directory / _BANDS_FILE
+    """Writes which documents are removed of the rows that `came_in`, and all bands; returns the counts."""
+    sketches = sketch_rows(parts, came_in, settings, directory, meter, mapper)
+    return remove_among(parts, came_in, sketches, settings, directory, mapper)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sketches:
+    """What is known of every row before any two are compared; rows that did not come in hold zeros."""
+
+    bands: NDArray[np.uint64]
+    """[bands, rows], a map of the file."""
+    characters: NDArray[np.int64]
+    text_bytes: NDArray[np.int64]
+    """Of all rows."""
+
+
+def sketch_rows(
+    parts: Parts,
+    came_in: NDArray[np.bool_],
+    settings: NearDedupConfig,
+    directory: Path,
+    meter: Meter,
+    mapper: Mapper = map_in_order,
+) -> Sketches:
+    """The bands of the rows that `came_in`, in a file of the directory."""
+    bands_file = directory / BANDS
     with bands_file.open("wb") as opened:
         # The blocks are taken now: on a full disk, writing to a mapped hole would end the process without a word.
-        os.posix_fallocate(opened.fileno(), 0, settings.bands * parts.rows * 8)
+        os.posix_fallocate(opened.fileno(), 0, max(1, settings.bands * parts.rows * 8))
     bands = np.memmap(bands_file, dtype=np.uint64, mode="r+", shape=(settings.bands, parts.rows))
     characters = np.zeros(parts.rows, dtype=np.int64)
     sizes = np.zeros(parts.rows, dtype=np.int64)
@@ -68,18 +93,41 @@ def deduplicate_nearly(
         characters[rows] = letters
         sizes[group.first_row : group.first_row + group.rows] = lengths
         meter.advance(group.text_bytes)
-    buckets = _find_buckets(parts, came_in, characters, bands)
-    del bands
-    bands_file.unlink()
+    bands.flush()
+    return Sketches(bands=bands, characters=characters, text_bytes=sizes)
+
+
+def read_bands(directory: Path, rows: int, settings: NearDedupConfig) -> NDArray[np.uint64] | None:
+    """The bands that a stage left, [bands, rows]; None where it left none."""
+    file = directory / BANDS
+    if not file.is_file() or file.stat().st_size != settings.bands * rows * 8:
+        return None
+    return np.memmap(file, dtype=np.uint64, mode="r", shape=(settings.bands, rows))
+
+
+def remove_among(
+    parts: Parts,
+    came_in: NDArray[np.bool_],
+    sketches: Sketches,
+    settings: NearDedupConfig,
+    directory: Path,
+    mapper: Mapper = map_in_order,
+) -> dict[str, Any]:
+    """Writes which of the rows that `came_in` are removed in favour of others of them; returns the counts."""
+    buckets = _find_buckets(parts, came_in, sketches.characters, sketches.bands)
     removal = _decide(parts, buckets, settings, directory / _SHINGLES_FILE, mapper)
     removal.write(directory)
-    reason = f"near-duplicates of a kept one (Jaccard >= {settings.threshold:g})"
     return {
-        "counts": count_removed(parts, came_in, sizes, removal, reason),
+        "counts": count_removed(parts, came_in, sketches.text_bytes, removal, reason_of(settings)),
         "candidates": len(buckets.candidates),
         "threshold": settings.threshold,
         "expected_recall": 1 - (1 - settings.threshold**settings.rows) ** settings.bands,
     }
+
+
+def reason_of(settings: NearDedupConfig) -> str:
+    """What is said of a document that was removed."""
+    return f"near-duplicates of a kept one (Jaccard >= {settings.threshold:g})"
 
 
 def _sketch_group(
@@ -104,7 +152,8 @@ def _find_buckets(
         hashes = np.asarray(band)[rows]
         order = np.argsort(hashes, kind="stable")
         ordered = hashes[order]
-        borders = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1], [True])))
+        differs = np.concatenate(([True], ordered[1:] != ordered[:-1], [True]))
+        borders = np.flatnonzero(differs[: len(ordered) + 1])
         lengths = np.diff(borders)
         shared = lengths > 1
         members.append(rows[order[np.repeat(shared, lengths)]])
@@ -198,6 +247,11 @@ def _between(rows: NDArray[np.int64], group: Group) -> tuple[int, int]:
 def _collect_group(parts: Parts, rows: NDArray[np.int64], ngram: int, group: Group) -> list[NDArray[np.uint64]]:
     low, high = _between(rows, group)
     return shingle_sets(parts.read(group, ("text",)).column("text"), rows[low:high] - group.first_row, ngram=ngram)
+
+
+def jaccard_of(first: NDArray[np.uint64], second: NDArray[np.uint64], threshold: float) -> float:
+    """Jaccard similarity of two sets of shingles; 0 where it cannot reach the threshold."""
+    return _jaccard(first, second, threshold)
 
 
 @numba.njit(nogil=True, cache=True)

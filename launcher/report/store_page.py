@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from data_pipeline.inspect import BUCKETS, statistics
-from data_pipeline.sealed import MANIFEST
+from data_pipeline.manifest import FILE_NAME
 from data_pipeline.store import Store
 from launcher.report.markup import corpus, document, dropped_samples, read_json, section, table
 from parallel.common.errors import UserError
@@ -25,25 +25,25 @@ def write_store_page(store: Path) -> Path:
     Raises:
         UserError: there is no report.json.
     """
-    report = read_json(store / "report.json")
-    if report is None:
+    built, grown = read_json(store / "report.json"), read_json(store / "growth" / "report.json")
+    if built is None and grown is None:
         raise UserError(f"{store} has no report.json: `bloomery data build` makes it.")
     page = store / "report.html"
-    body = [
-        section("Corpus", corpus(report)),
-        *_counts(store),
-        *_languages(report),
-        section("Samples of what was dropped", dropped_samples(report)),
-    ]
+    body = [section(name, corpus(report)) for name, report in (("Corpus", built), ("Growth", grown)) if report]
+    body += _counts(store)
+    body += _languages(built) if built else []
+    samples = [dropped_samples(report) for report in (built, grown) if report]
+    body.append(section("Samples of what was dropped", "\n".join(samples)))
     write_text(page, document("Token store", body))
     return page
 
 
 def _counts(store: Path) -> Iterable[str]:
     """What the shards hold, where the store itself lies beside its report."""
-    if (store / MANIFEST).is_file():
+    if (store / FILE_NAME).is_file():
         yield section("Tokens", _tokens(statistics(Store.open(store))))
-        yield section("Duplicates by source", _duplicates(store / "clusters.parquet"))
+        clusters = [place / "clusters.parquet" for place in (store, store / "growth")]
+        yield section("Duplicates by source", _duplicates(clusters))
 
 
 def _tokens(found: Mapping[str, Any]) -> str:
@@ -65,9 +65,9 @@ def _tokens(found: Mapping[str, Any]) -> str:
     return table(heads, counts, text_columns=(0, 1)) + table(borders, lengths)
 
 
-def _duplicates(clusters: Path) -> str:
+def _duplicates(clusters: Iterable[Path]) -> str:
     """How many documents of which source went, and in which one their twin is kept."""
-    rows: Iterable[dict[str, Any]] = pq.read_table(clusters).to_pylist() if clusters.is_file() else ()
+    rows = [row for file in clusters if file.is_file() for row in pq.read_table(file).to_pylist()]
     counts = Counter((row["removed_source"], row["kept_source"], row["stage"]) for row in rows)
     if not counts:
         return "<p>None.</p>"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.store import Store
+from data_pipeline.following import open_store
 from launcher import changes
 from launcher import config as configuration
 from launcher.config import RunConfig
@@ -113,5 +113,5 @@ def positive(text: str) -> int:
 
 def _checked(config: RunConfig, ranks: int) -> Path:
     check_training(config, ranks=ranks)
-    check_training(config, ranks=ranks, store=Store.open(Path(config.data.store), follow=config.data.follow))
+    check_training(config, ranks=ranks, store=open_store(config.data))
     return configuration.run_directory(config)

@@ -97,7 +97,7 @@ def near(documents: Sequence[Document], config: NearDedupConfig, batch: int = 7)
         everything = np.ones(parts.rows, dtype=bool)
         outcome = deduplicate_nearly(parts, everything, config, output, Silent())  # type: ignore[arg-type]
         removal = Removal.read(output)
-        assert sorted(file.name for file in output.iterdir()) == ["removed.parquet"]
+        assert sorted(file.name for file in output.iterdir()) == ["bands.bin", "removed.parquet"]
         ids = parts.ids(np.arange(parts.rows))
         everything[removal.row] = False
         columns = (parts.ids(removal.row), parts.ids(removal.kept_row), removal.jaccard.tolist())

@@ -215,7 +215,7 @@ def test_only_data_build_imports_datasets() -> None:
         path
         for room in ("launcher", "model", "parallel")
         for path in (ROOT / room).rglob("*.py")
-        if path != ROOT / "launcher/data.py"
+        if path not in (ROOT / "launcher/data.py", ROOT / "launcher/verbs/data_alone.py")
     ]
     seen: set[Path] = set()
     while wanted:
