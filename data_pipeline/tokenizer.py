@@ -141,7 +141,9 @@ class Tokenizer:
 
     def token(self, number: int) -> str:
         """The name of an id in use."""
-        return self._backend.id_to_token(number)
+        name = self._backend.id_to_token(number)
+        assert name is not None
+        return name
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, on all cores; nothing is put before or after it, and special tokens are only text."""
