@@ -7,7 +7,6 @@ Read it from top to bottom to know what a run is made of; each line names the ro
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist

@@ -7,7 +7,7 @@ import pytest
 
 from launcher.cli import main
 
-WORDS = ("build", "grow", "dedup", "decontaminate", "train-tokenizer", "tokenize", "stats", "inspect", "check", "report")
+WORDS = "build grow dedup decontaminate train-tokenizer tokenize stats inspect check report".split()
 
 
 def write(path: Path, count: int) -> Path:
