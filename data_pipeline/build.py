@@ -24,6 +24,7 @@ from data_pipeline import sealed
 from data_pipeline.config import DataConfig
 from data_pipeline.dedup.clusters import write_clusters
 from data_pipeline.document import Parts
+from data_pipeline.engine import open_engine
 from data_pipeline.pipeline import SMALL_BYTES, Documents, Pipeline
 from data_pipeline.progress import Meter
 from data_pipeline.read import find_source
@@ -53,8 +54,8 @@ def build(config: DataConfig, *, overwrite: bool = False) -> Store:
         raise ConfigError(problems)
     sources = [find_source(source) for source in config.sources]
     root = Path(config.store)
-    with sole_builder(root):
-        return _Build(config, Pipeline(config, sources, root / sealed.STAGES), root).run(overwrite=overwrite)
+    with sole_builder(root), open_engine(config.engine) as mapper:
+        return _Build(config, Pipeline(config, sources, root / sealed.STAGES, mapper), root).run(overwrite=overwrite)
 
 
 def train_tokenizer(config: DataConfig) -> Path:
@@ -68,8 +69,8 @@ def train_tokenizer(config: DataConfig) -> Path:
         raise ConfigError(problems)
     sources = [find_source(source) for source in config.sources]
     root = Path(config.store)
-    with sole_builder(root):
-        return _Build(config, Pipeline(config, sources, root / sealed.STAGES), root).train_tokenizer()
+    with sole_builder(root), open_engine(config.engine) as mapper:
+        return _Build(config, Pipeline(config, sources, root / sealed.STAGES, mapper), root).train_tokenizer()
 
 
 @contextmanager

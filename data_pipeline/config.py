@@ -171,6 +171,15 @@ class FillInTheMiddleConfig:
     """Only in these sources, for example code; empty: in all."""
 
 
+class Engine(StrEnum):
+    """Where the stages of a corpus job do their work."""
+
+    native = "native"
+    """On the cores of this machine."""
+    ray = "ray"
+    """On a Ray cluster (extra `ray`) that sees the store's directory; in a Slurm job over its nodes. Same bytes."""
+
+
 class IndexKind(StrEnum):
     """How a growing store remembers what it has seen."""
 
@@ -206,6 +215,7 @@ class DataConfig:
     stages: StagesConfig = field(default_factory=StagesConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    engine: Engine = Engine.native
     grow: GrowConfig = field(default_factory=GrowConfig)
     shard_tokens: int = 100_000_000
     """Tokens after which a shard of the store is sealed."""

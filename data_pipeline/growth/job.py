@@ -33,7 +33,8 @@ from data_pipeline.config import DataConfig, IndexKind
 from data_pipeline.dedup.exact import DIGESTS, hash_texts
 from data_pipeline.dedup.index import Index
 from data_pipeline.dedup.near import read_bands, sketch_rows
-from data_pipeline.document import Mapper, Parts, map_in_order
+from data_pipeline.document import Mapper, Parts
+from data_pipeline.engine import open_engine
 from data_pipeline.growth.archive import Archive
 from data_pipeline.growth.cursor import Cursor
 from data_pipeline.growth.portion import Portion, Work, id_hash, merged
@@ -50,7 +51,7 @@ from parallel.common.units import format_count, format_duration
 _LOOK_SECONDS = 1.0
 
 
-def grow(config: DataConfig, mapper: Mapper = map_in_order) -> Store:
+def grow(config: DataConfig) -> Store:
     """Grows the store of a configuration until its sources are read, or goes on with that.
 
     Raises:
@@ -60,7 +61,7 @@ def grow(config: DataConfig, mapper: Mapper = map_in_order) -> Store:
     if problems:
         raise ConfigError(problems)
     root = Path(config.store)
-    with sole_builder(root):
+    with sole_builder(root), open_engine(config.engine) as mapper:
         return _Growth(config, root, mapper).run()
 
 
