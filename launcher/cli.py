@@ -52,6 +52,11 @@ VERBS = {
         arguments="WORD ...",
         meaning="checkpoints out of a run and into one: export, import",
     ),
+    "explain": Verb(
+        module="launcher.verbs.explain",
+        arguments="CONFIG... [key=value ...]",
+        meaning="what a layout runs, shards and sends, and the bytes a rank holds",
+    ),
     "evaluate": Verb(
         module="launcher.verbs.evaluate", arguments="CHECKPOINT", meaning="bits per byte on the validation documents"
     ),

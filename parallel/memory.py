@@ -17,7 +17,7 @@ KINDS = ("weights", "masters", "moments", "gradients", "buffers")
 HOST = "host_"
 """Prefix of what lies in the host's memory while the model is on an accelerator."""
 
-_BUCKET_ELEMENTS = 50_000_000
+_BUCKETS, _LARGEST_BUCKET, _SMALLEST_BUCKET = 8, 50_000_000, 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,15 +36,20 @@ class Sharing:
 
     ranks: int
     """Those that hold the same parameters: data x context."""
-    rank: int
     expert_ranks: int
     """Those that hold the same experts: data x context / expert."""
-    expert_rank: int
+    rank: int | None = None
+    """Which of the first; by default the one that holds most."""
+    expert_rank: int | None = None
 
 
 def bucket_elements(elements: int) -> int:
-    """Elements of the buffers in which gradients travel, for a rank of so many (200 MB in fp32 at most)."""
-    return min(_BUCKET_ELEMENTS, max(1024, elements))
+    """Elements of the buffers in which gradients travel, for a rank that holds so many.
+
+    An eighth of them, so that the first leave while others are computed and the two buffers take no more than a quarter
+    of the gradients; at most 200 MB in fp32. A parameter that is larger travels by itself.
+    """
+    return min(_LARGEST_BUCKET, max(_SMALLEST_BUCKET, math.ceil(elements / _BUCKETS)))
 
 
 def predicted(
@@ -123,10 +128,15 @@ def _groups(sizes: Sequence[Size], sharing: Sharing) -> Iterator[_Group]:
         members = [size.elements for size in sizes if (size.is_expert, size.is_matrix) == (is_expert, is_matrix)]
         unit = 2 * ranks
         padded = math.ceil(sum(members) / unit) * unit
-        part = padded // ranks
-        start, touched = 0, 0
-        for elements in members:
-            if start < (rank + 1) * part and start + elements > rank * part:
-                touched += elements
-            start += elements
-        yield _Group(padded=padded, part=part, touched=touched)
+        touched = _touched(members, padded // ranks, ranks)
+        yield _Group(padded=padded, part=padded // ranks, touched=max(touched) if rank is None else touched[rank])
+
+
+def _touched(members: Sequence[int], part: int, ranks: int) -> list[int]:
+    """For each rank, the elements of all members of which some lie in its part."""
+    found, start = [0] * ranks, 0
+    for elements in members:
+        for rank in range(start // part, (start + elements - 1) // part + 1):
+            found[rank] += elements
+        start += elements
+    return found

@@ -118,7 +118,7 @@ def _deepspeed_configuration(
             "overlap_comm": True,
             "contiguous_gradients": True,
             "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket + bucket % 2,
+            "allgather_bucket_size": 2 * bucket,
             "stage3_param_persistence_threshold": 0,
             "offload_optimizer": {"device": "cpu" if topology.config.offload else "none", "pin_memory": pinned},
         },

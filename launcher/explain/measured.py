@@ -1,8 +1,10 @@
-"""What a tiny copy of a layout really does, looked at in forked ranks: bytes held, and collectives as they happen."""
+"""What the ranks of a tiny copy of a layout really hold, beside what the arithmetic says."""
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from launcher.explain.sizes import sizes
 from launcher.verify.measure import Case, batch_of, engine_of
@@ -20,20 +22,34 @@ class Bytes:
     measured: dict[str, int]
 
 
-def bytes_held(case: Case) -> list[Bytes]:
-    """For each rank: the arithmetic of `parallel.memory` beside what live tensors hold."""
-    return run_world(lambda: _bytes(case), case.ranks)
+def bytes_held(case: Case, *dtypes: torch.dtype) -> list[list[Bytes]]:
+    """For each rank and dtype: the arithmetic of `parallel.memory` beside what live tensors hold."""
+    steady = _steady(case)
+    return run_world(lambda: [_bytes(replace(steady, dtype=dtype)) for dtype in dtypes], case.ranks)
 
 
 def before_last_micro_batch[Seen](engine: Engine, case: Case, look: Callable[[], Seen]) -> Seen:
     """What `look` sees in the middle of a step, when only one forward pass is left; the step stays without update."""
-    batch = batch_of(case, 0, engine.topology)
-    passes = itertools.count(1)
-    last = len(batch["tokens"]) // case.config.train.micro_batch_size * case.config.parallel.virtual_pipeline
     seen: list[Seen] = []
-    engine.updater.module.register_forward_pre_hook(lambda *_: seen.append(look()) if next(passes) == last else None)
-    engine.accumulate(batch)
+    at_last_forward_pass(engine, case, lambda: seen.append(look()))
+    engine.accumulate(batch_of(case, 0, engine.topology))
     return seen[-1]
+
+
+def at_last_forward_pass(engine: Engine, case: Case, call: Callable[[], None]) -> None:
+    """Calls once before the last forward pass of the engine's next step on a batch of the case."""
+    samples = len(batch_of(case, 0, engine.topology)["tokens"])
+    last = samples // case.config.train.micro_batch_size * case.config.parallel.virtual_pipeline
+    passes = itertools.count(1)
+    engine.updater.module.register_forward_pre_hook(lambda *_: call() if next(passes) == last else None)
+
+
+def _steady(case: Case) -> Case:
+    """The case with so many micro-batches that each chunk has had a backward pass before the last forward pass."""
+    train, layout = case.config.train, case.config.parallel
+    data = case.ranks // (layout.tensor * layout.pipeline * layout.context)
+    enough = 4 * layout.pipeline * layout.virtual_pipeline * train.micro_batch_size * data
+    return replace(case, config=replace(case.config, train=replace(train, global_batch_size=enough)))
 
 
 def _bytes(case: Case) -> Bytes:

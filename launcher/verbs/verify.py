@@ -23,7 +23,7 @@ examples:
 
 Exit codes: 0 proven, 1 a number is wrong (with --strict also: something was dropped), 2 the layout is illegal."""
 
-_ON_THE_CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+ON_THE_CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 """Read when torch and DeepSpeed are imported; forked ranks must not inherit OpenMP's threads or a GPU's context."""
 
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int | Work:
         rows = read_rows(options.matrix, files, overrides)
     else:
         rows = [row("the layout", files, overrides, options.ranks)]
-    os.environ.update(_ON_THE_CPU)
+    os.environ.update(ON_THE_CPU)
     scratch = tempfile.TemporaryDirectory(prefix="bloomery-verify-")
     job = VerifyJob(
         rows=rows,

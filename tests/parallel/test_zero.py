@@ -61,22 +61,18 @@ def equals_one_rank(case: Case, tolerance: float) -> None:
 @pytest.mark.parametrize(
     ("ranks", "stage", "dispatcher", "layout"),
     [
-        (2, 1, "alltoall", {"expert": 2}),
         (2, 2, "allgather", {"expert": 2}),
         (4, 1, "allgather", {"expert": 2, "offload": True}),
         (4, 2, "alltoall", {"expert": 2}),
         (4, 2, "alltoall", {"tensor": 2, "expert": 2}),
-        (2, 1, "allgather", {"tensor": 2}),
         (2, 1, "alltoall", {"pipeline": 2, "virtual_pipeline": 2}),
         (2, 2, "alltoall", {"context": 2, "expert": 2}),
     ],
     ids=[
-        "ep2",
         "ep2-zero2",
         "ep2-dp2-offload",
         "ep2-dp2-zero2",
         "tp2-ep2-zero2",
-        "tp2-sp",
         "pp2-vpp2",
         "cp2-ep2-zero2",
     ],
@@ -99,9 +95,8 @@ def test_a_pipeline_stage_without_experts_does_not_hold_up_the_others(stage: int
         (2, 2, False, {}),
         (2, 3, True, {}),
         (2, 1, True, {"pipeline": 2}),
-        (4, 2, False, {"pipeline": 2}),
     ],
-    ids=["zero1", "zero2", "zero3", "pp2-tied", "pp2-dp2-zero2"],
+    ids=["zero1", "zero2", "zero3", "pp2-tied"],
 )
 def test_a_step_on_the_host_equals_one_on_the_device(
     ranks: int, stage: int, tied: bool, layout: dict[str, Any]
@@ -112,14 +107,12 @@ def test_a_step_on_the_host_equals_one_on_the_device(
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
-        (2, {"zero_stage": 0}),
         (2, {"zero_stage": 1, "offload": True}),
         (2, {"zero_stage": 2}),
         (2, {"zero_stage": 3}),
         (2, {"zero_stage": 1, "pipeline": 2, "virtual_pipeline": 2}),
-        (4, {"zero_stage": 1, "pipeline": 2}),
     ],
-    ids=["zero0", "zero1-offload", "zero2", "zero3", "pp2-vpp2", "pp2-dp2"],
+    ids=["zero1-offload", "zero2", "zero3", "pp2-vpp2"],
 )
 def test_fp16_rounds_as_one_rank_does(ranks: int, layout: dict[str, Any]) -> None:
     equals_one_rank(tiny(ranks, dtype=torch.float16, **layout), 1e-6)
