@@ -19,12 +19,14 @@ class SourceFormat(StrEnum):
     """How a source's files are read; all but parquet may be compressed (.gz, .zst)."""
 
     auto = "auto"
-    """From each file's name: .jsonl, .ndjson, .parquet, .txt; other files of a directory are passed over."""
+    """From each file's name: .jsonl, .ndjson, .parquet, .txt, .warc, .wet; other files are passed over."""
     jsonl = "jsonl"
     """One JSON object a line."""
     parquet = "parquet"
     txt = "txt"
     """One document a file, a long file in pieces (`document_bytes`)."""
+    warc = "warc"
+    """A web archive: WET files hold text, of WARC files the pages' main text is taken (extra `warc`)."""
     tree = "tree"
     """Every text file under a directory, one document a file; links and binary files are passed over."""
     datasets = "datasets"
@@ -46,7 +48,8 @@ class SourceConfig:
 
     name: str = MISSING
     path: Any = MISSING
-    """A file, a directory or a glob, or a list of them; of a Hugging Face dataset one name or one directory."""
+    """A file, a directory, a glob or a URL (s3://, gs://, hf://; a file or a directory), or a list of them; of a
+    Hugging Face dataset one name or one directory."""
     format: SourceFormat = SourceFormat.auto
     text_field: str = "text"
     """Field that holds the text, for jsonl, parquet and datasets."""

@@ -18,7 +18,8 @@ from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENA
 from datasets.exceptions import DatasetsError
 
 from data_pipeline.config import SourceConfig, SourceFormat
-from data_pipeline.readers import Reading, read_rows, require_text
+from data_pipeline.readers import read_rows, require_text
+from data_pipeline.reading import Reading
 from data_pipeline.sources import InputFile, SourceFiles
 from parallel.common.errors import UserError
 

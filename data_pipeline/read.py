@@ -21,7 +21,8 @@ from data_pipeline.config import SourceConfig, SourceFormat
 from data_pipeline.document import BATCH_BYTES, PartWriter, batch_of
 from data_pipeline.hub import find_dataset, read_dataset
 from data_pipeline.progress import Meter
-from data_pipeline.readers import EMPTY, Reading, read_file
+from data_pipeline.readers import EMPTY, read_file
+from data_pipeline.reading import Reading
 from data_pipeline.report import Tally
 from data_pipeline.sources import SourceFiles, find_files
 

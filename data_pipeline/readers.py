@@ -1,4 +1,4 @@
-"""Files to documents: jsonl, parquet, txt and source trees, plain or compressed.
+"""Files to documents: jsonl, parquet, txt, web archives and source trees, plain or compressed.
 
 Contract: nothing is lost silently. A document that cannot be had is told to the tally with its reason; bytes that are
 no UTF-8 become U+FFFD and are counted; a file that ends before its compression does, that is no parquet, or that
@@ -7,19 +7,19 @@ document and a few MiB.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.config import SourceConfig, SourceFormat
-from data_pipeline.report import Tally
+from data_pipeline.config import SourceFormat
+from data_pipeline.places import facts_of, open_file, open_stream
+from data_pipeline.reading import Reading
 from data_pipeline.sources import InputFile
+from data_pipeline.warc import read_warc
 from parallel.common.errors import UserError
 from parallel.common.units import format_bytes
 
@@ -37,47 +37,6 @@ BINARY = "binary file"
 TOO_LARGE = f"file over {format_bytes(_LARGEST_TREE_FILE_BYTES)}"
 
 
-@dataclass(slots=True)
-class Reading:
-    """What reading one source counts besides documents."""
-
-    config: SourceConfig
-    tally: Tally
-    replaced_documents: int = 0
-    """Documents in which undecodable bytes were replaced."""
-    replaced_characters: int = 0
-    """U+FFFD that were put in."""
-    fields_seen: set[str] = field(default_factory=set)
-    """Fields of the records that had no text."""
-    left_out_files: int = 0
-    """Files that were not opened because of `limit_bytes`."""
-
-    def drop(self, reason: str, identifier: str, text: str | bytes = "") -> None:
-        """Tells the tally about a document that is not read on."""
-        shown = text.decode(errors="replace") if isinstance(text, bytes) else text
-        self.tally.drop(self.config.name, reason, identifier, len(text), shown)
-
-    def decode(self, raw: bytes) -> str:
-        """UTF-8 to text; what is none is replaced and counted."""
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            text = raw.decode(errors="replace")
-            self.replaced_documents += 1
-            self.replaced_characters += text.count("\ufffd") - raw.count(b"\xef\xbf\xbd")
-            return text
-
-    def without_surrogates(self, text: str) -> str:
-        """JSON can spell half a character (`\\ud800`), UTF-8 cannot: it is replaced and counted."""
-        if text.isascii():
-            return text
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return self.decode(text.encode(errors="surrogatepass"))
-        return text
-
-
 def read_file(file: InputFile, reading: Reading) -> Iterator[tuple[str, str]]:
     """(id, text) of each document of a file.
 
@@ -87,8 +46,8 @@ def read_file(file: InputFile, reading: Reading) -> Iterator[tuple[str, str]]:
     reader = _READERS[file.format]
     with readable(file, reading.config.name):
         yield from reader(file, reading)
-        facts = os.stat(file.path)
-    if (facts.st_size, facts.st_mtime_ns) != (file.bytes, file.modified_ns):
+        facts = facts_of(file.path)
+    if (facts.bytes, facts.modified_ns) != (file.bytes, file.modified_ns):
         raise UserError(f"{file.path} changed while it was read: run `bloomery data build` again when it is at rest")
 
 
@@ -111,7 +70,7 @@ def readable(file: InputFile, source: str) -> Iterator[None]:
 
 
 def _chunks(file: InputFile) -> Iterator[bytes]:
-    with pa.input_stream(file.path, compression=file.compression, buffer_size=_CHUNK_BYTES) as stream:
+    with open_stream(file.path, file.compression) as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             yield chunk
 
@@ -180,7 +139,7 @@ def _refuse_wide(start: bytes, file: InputFile, reading: Reading) -> None:
 
 def _read_parquet(file: InputFile, reading: Reading) -> Iterator[tuple[str, str]]:
     text_field, id_field = reading.config.text_field, reading.config.id_field
-    with pq.ParquetFile(file.path) as parquet:
+    with pq.ParquetFile(open_file(file.path)) as parquet:
         schema = parquet.schema_arrow
         require_text(schema, file.path, reading)
         columns = [text_field, *({id_field} & set(schema.names) - {text_field})]
@@ -277,7 +236,7 @@ def _read_tree(file: InputFile, reading: Reading) -> Iterator[tuple[str, str]]:
     if file.bytes > _LARGEST_TREE_FILE_BYTES:
         reading.drop(TOO_LARGE, name)
         return
-    with open(file.path, "rb") as opened:
+    with open_stream(file.path, None) as opened:
         raw = opened.read(_SNIFFED_BYTES)
         if b"\0" not in raw:
             raw += opened.read()
@@ -292,4 +251,5 @@ _READERS: dict[SourceFormat, Callable[[InputFile, Reading], Iterator[tuple[str, 
     SourceFormat.parquet: _read_parquet,
     SourceFormat.txt: _read_txt,
     SourceFormat.tree: _read_tree,
+    SourceFormat.warc: read_warc,
 }

@@ -8,7 +8,6 @@ parquet with all its columns, in the same order, format and compression. Each in
 one of the earlier input stays. A job that was killed goes on where it stopped; report.json is written last.
 """
 
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,9 @@ from data_pipeline.decontaminate import read_hits
 from data_pipeline.dedup.clusters import write_clusters
 from data_pipeline.document import Mapper, map_in_order
 from data_pipeline.pipeline import Documents, Pipeline
-from data_pipeline.readers import Reading, jsonl_records, read_rows, readable
+from data_pipeline.places import facts_of, open_file
+from data_pipeline.readers import jsonl_records, read_rows, readable
+from data_pipeline.reading import Reading
 from data_pipeline.report import Tally, kept
 from data_pipeline.sources import InputFile, SourceFiles, find_files
 from data_pipeline.stages import room_on_disk
@@ -112,8 +113,8 @@ def _copy(file: InputFile, source: SourceFiles, target: Path, wanted: Iterator[b
                 _copy_parquet(file, reading, partial, wanted)
             else:
                 _copy_jsonl(file, reading, partial, wanted)
-            facts = os.stat(file.path)
-        if (facts.st_size, facts.st_mtime_ns) != (file.bytes, file.modified_ns):
+            facts = facts_of(file.path)
+        if (facts.bytes, facts.modified_ns) != (file.bytes, file.modified_ns):
             raise UserError(f"{file.path} changed while it was read: run it again when it is at rest")
         partial.rename(target)
     finally:
@@ -141,7 +142,7 @@ def _compressed(path: Path, compression: str | None) -> Iterator[pa.NativeFile]:
 
 def _copy_parquet(file: InputFile, reading: Reading, target: Path, wanted: Iterator[bool]) -> None:
     """Row groups and compression as they were; a group of which nothing is kept goes."""
-    with pq.ParquetFile(file.path) as parquet:
+    with pq.ParquetFile(open_file(file.path)) as parquet:
         schema, count = parquet.schema_arrow, parquet.metadata.num_row_groups
         codec = parquet.metadata.row_group(0).column(0).compression.lower() if count else "snappy"
         with pq.ParquetWriter(target, schema, compression=codec if codec != "uncompressed" else "none") as writer:

@@ -17,6 +17,7 @@ from pathlib import Path
 import xxhash
 
 from data_pipeline.config import SourceConfig, SourceFormat
+from data_pipeline.places import Facts, facts_of, is_url, listing
 from parallel.common.errors import UserError
 
 _ENDINGS = {
@@ -24,6 +25,8 @@ _ENDINGS = {
     ".ndjson": SourceFormat.jsonl,
     ".parquet": SourceFormat.parquet,
     ".txt": SourceFormat.txt,
+    ".warc": SourceFormat.warc,
+    ".wet": SourceFormat.warc,
 }
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _PASSED_OVER = frozenset({".git", ".hg", ".svn", "__pycache__"})
@@ -71,10 +74,9 @@ def find_files(config: SourceConfig) -> SourceFiles:
     files: list[InputFile] = []
     passed_over = 0
     for root, prefix in _roots(config):
-        entries = _walk(root, config) if os.path.isdir(root) else iter([(root, os.path.basename(root))])
-        for path, relative in entries:
+        for path, relative, facts in _entries(root, config):
             known = _format(relative, config.format)
-            if known is None and os.path.isfile(root):
+            if known is None and path == root:
                 raise UserError(
                     f"data source {config.name}: the format of {root} is not clear from its name: expected "
                     f"{', '.join(_ENDINGS)}, also with .gz or .zst (not parquet), or data.sources format=txt or jsonl"
@@ -82,15 +84,15 @@ def find_files(config: SourceConfig) -> SourceFiles:
             if known is None:
                 passed_over += 1
                 continue
-            facts = os.stat(path)
+            facts = facts_of(path) if facts is None else facts
             files.append(
                 InputFile(
                     path=path,
                     name=os.fsencode(prefix + relative).decode(errors="replace"),
                     format=known[0],
                     compression=known[1],
-                    bytes=facts.st_size,
-                    modified_ns=facts.st_mtime_ns,
+                    bytes=facts.bytes,
+                    modified_ns=facts.modified_ns,
                 )
             )
     if not files:
@@ -127,6 +129,9 @@ def _roots(config: SourceConfig) -> list[tuple[str, str]]:
     """Files and directories that the paths and globs name, each with the prefix of its documents' names."""
     roots: list[str] = []
     for given in config.paths:
+        if is_url(given):
+            roots.append(given.rstrip("/"))
+            continue
         path = os.path.expanduser(given)
         found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not found:
@@ -142,9 +147,32 @@ def _roots(config: SourceConfig) -> list[tuple[str, str]]:
         common = os.path.commonpath([os.path.abspath(root) for root in roots])
         names = [os.path.relpath(root, common) for root in roots]
     return [
-        (root, f"{name}/" if os.path.isdir(root) else f"{os.path.dirname(name)}/".lstrip("/"))
+        (root, f"{name}/" if is_url(root) or os.path.isdir(root) else f"{os.path.dirname(name)}/".lstrip("/"))
         for root, name in zip(roots, names, strict=True)
     ]
+
+
+def _entries(root: str, config: SourceConfig) -> Iterator[tuple[str, str, Facts | None]]:
+    """(path, relative path, facts where they are known) of the files that a root names."""
+    if is_url(root):
+        yield from _listed(root, config)
+    elif os.path.isdir(root):
+        yield from ((path, relative, None) for path, relative in _walk(root, config))
+    else:
+        yield root, os.path.basename(root), None
+
+
+def _listed(url: str, config: SourceConfig) -> Iterator[tuple[str, str, Facts | None]]:
+    include, exclude = _matcher(config.include), _matcher(config.exclude)
+    try:
+        for path, relative, facts in listing(url):
+            if path == url or (not exclude(relative) and (not config.include or include(relative))):
+                yield path, relative, facts
+    except FileNotFoundError as error:
+        raise UserError(f"data source {config.name}: there is no file or directory {url}") from error
+    except (OSError, ValueError, ImportError) as error:
+        said = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"data source {config.name}: {url} cannot be listed: {said}") from error
 
 
 def _walk(root: str, config: SourceConfig) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.config import SourceConfig, SourceFormat
 from data_pipeline.read import documents, find_source
-from data_pipeline.readers import Reading
+from data_pipeline.reading import Reading
 from data_pipeline.report import Tally
 from data_pipeline.sources import InputFile, SourceFiles
 from parallel.common.errors import UserError

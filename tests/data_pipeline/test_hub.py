@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, disable_progress_bars
 from data_pipeline.build import build
 from data_pipeline.config import CleanConfig, DataConfig, SourceConfig, SourceFormat, StagesConfig, TokenizerConfig
 from data_pipeline.read import documents, expected_bytes, find_source
-from data_pipeline.readers import Reading
+from data_pipeline.reading import Reading
 from data_pipeline.report import Tally, dropped
 from data_pipeline.sealed import settings_of, state_of
 from data_pipeline.sources import fingerprint_of_files

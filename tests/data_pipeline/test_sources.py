@@ -14,7 +14,7 @@ import zstandard
 
 from data_pipeline.config import SourceConfig, SourceFormat
 from data_pipeline.read import digest_of, documents, read_sources
-from data_pipeline.readers import Reading
+from data_pipeline.reading import Reading
 from data_pipeline.report import Tally, dropped
 from data_pipeline.sources import find_files
 from parallel.common.errors import UserError
