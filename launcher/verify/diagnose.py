@@ -183,6 +183,8 @@ def _one_factor(evidence: _Evidence) -> str | None:
     factor = float(ours @ reference / max(reference @ reference, 1e-300))
     if np.linalg.norm(ours - factor * reference) > _EXPLAINED * np.linalg.norm(ours - reference):
         return None
+    if abs(factor) < 1e-3:
+        return None  # nothing arrived at all, which says more about micro-batches than about a scale
     everything = evidence.wrong == frozenset(evidence.reference)
     called = "every parameter" if everything else _called(evidence.wrong, evidence)
     said = f"the gradients of {called} are {factor:.4g} times what they should be"
@@ -266,7 +268,7 @@ def _micro_batches(evidence: _Evidence) -> str | None:
 
 
 def _even(numbers: np.ndarray) -> bool:
-    return len(numbers) > 1 and np.allclose(numbers, numbers[0], rtol=_EXPLAINED)
+    return len(numbers) > 1 and abs(numbers[0]) > _EXPLAINED and np.allclose(numbers, numbers[0], rtol=_EXPLAINED)
 
 
 _BY_NEED: tuple[tuple[frozenset[str], str], ...] = tuple(

@@ -209,7 +209,7 @@ def _rounded(ours: _Side, own: _Side, exact: _Side) -> list[Check]:
     limit = _HALF_FACTOR * _worst_gradient(own, exact)[0]
     floors = {LOSS: _HALF_LOSS, "evaluation loss": _HALF_LOSS, NORM: _HALF_NORM}
     numbers = {
-        what: _number(what, ours, exact, max(_HALF_FACTOR * _number(what, own, exact, 0.0).error, floors[what]))
+        what: _number(what, ours, exact, max(_HALF_FACTOR * _apart(own, exact, what), floors[what]))
         for what in _NUMBERS
     }
     checks = [
@@ -230,6 +230,11 @@ def _number(what: str, ours: _Side, reference: _Side, limit: float) -> Check:
     expected = reference.expected(what)
     found = [relative(*pair) for rank in ours.numbers(what) for pair in zip(rank, expected, strict=True)]
     return Check(what=what, compared=len(expected), worst=None, error=max(found), limit=limit)
+
+
+def _apart(own: _Side, exact: _Side, what: str) -> float:
+    """How far two oracles' numbers lie apart."""
+    return max(relative(*pair) for pair in zip(own.expected(what), exact.expected(what), strict=True))
 
 
 def _worst_gradient(ours: _Side, reference: _Side) -> tuple[float, str]:

@@ -37,7 +37,7 @@ def case_of(shape: str, stage: int, dtype: torch.dtype, tied: bool) -> Case:
 
 
 def rows(dtype: torch.dtype, stages: tuple[int, ...]) -> list[Any]:
-    """The legal rows: stage 3 has no pipeline, four ranks are proven at stages 0 and 1, a tied embedding over pipelines.
+    """The legal rows: no pipeline at stage 3, four ranks at stages 0 and 1, a tied embedding where a pipeline cuts it.
 
     tests/distributed/test_layouts.py and `bloomery verify --matrix tests/layouts.yaml` have all other dimensions.
     """
