@@ -50,7 +50,7 @@ VERBS = {
     "checkpoint": Verb(
         module="launcher.verbs.checkpoint",
         arguments="WORD ...",
-        meaning="checkpoints out of a run and into one: export, import",
+        meaning="list, inspect, check, diff, prune; export, import",
     ),
     "explain": Verb(
         module="launcher.verbs.explain",

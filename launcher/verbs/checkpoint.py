@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from launcher.verbs.checkpoints import check_main, diff_main, inspect_main, list_main, prune_main
 from launcher.verbs.conversion import export_main, import_main
 from launcher.work import Work
 from parallel.common.errors import UserError
@@ -17,6 +18,15 @@ class _Word:
 
 
 WORDS = {
+    "list": _Word(arguments="RUN", meaning="the checkpoints of a run, and why each stays", main=list_main),
+    "inspect": _Word(
+        arguments="CHECKPOINT",
+        meaning="layout, step, tokens, size, names, shapes and norms of tensors",
+        main=inspect_main,
+    ),
+    "check": _Word(arguments="CHECKPOINT", meaning="compare every file with its hash", main=check_main),
+    "diff": _Word(arguments="A B", meaning="what differs between two, tensor by tensor", main=diff_main),
+    "prune": _Word(arguments="RUN", meaning="remove the checkpoints that no rule keeps", main=prune_main),
     "export": _Word(
         arguments="CHECKPOINT --output DIR",
         meaning="write weights, description and tokenizer for Hugging Face's libraries",

@@ -7,8 +7,9 @@ checkpoint always stays. Imports without torch.
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from parallel.checkpoint.fence import remove
 from parallel.checkpoint.manifest import Manifest, whole_manifests
@@ -35,6 +36,10 @@ class Retention:
         return cls(
             newest=config.keep, every_steps=config.keep_every_steps, best=config.keep_best, best_by=config.best_by
         )
+
+    def changed(self, **rules: Any) -> "Retention":
+        """The same rules but for those given, by the names of the fields."""
+        return replace(self, **rules)
 
     def reasons(self, manifests: Mapping[Path, Manifest]) -> dict[Path, list[str]]:
         """{step directory: why it stays}, in words; without any, it goes."""

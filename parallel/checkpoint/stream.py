@@ -22,14 +22,15 @@ from parallel.common.errors import UserError
 class StoredTensors:
     """The tensors of a step directory, verified before anything is read."""
 
-    def __init__(self, path: Path) -> None:
-        """Hashes every file of the step directory `path`.
+    def __init__(self, path: Path, *, verify: bool = True) -> None:
+        """Hashes every file of the step directory `path`, unless only names and shapes are wanted (`verify=False`).
 
         Raises:
             UserError: the checkpoint is damaged; it names the file.
         """
         manifest = Manifest.read(path)
-        check_files(path, manifest)
+        if verify:
+            check_files(path, manifest)
         inside = {name.removeprefix(f"{TENSORS}/"): record for name, record in manifest.files.items()}
         self._path = path
         self._reader = Reader(path / TENSORS, inside)
@@ -41,6 +42,12 @@ class StoredTensors:
         """Global names (`weight.` and the parameter's, `exp_avg.` and so on) and shapes."""
         stored = self._metadata.state_dict_metadata
         return {key: tensor.size for key, tensor in stored.items() if isinstance(tensor, TensorStorageMetadata)}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the tensor of this name."""
+        stored = self._metadata.state_dict_metadata[name]
+        assert isinstance(stored, TensorStorageMetadata)
+        return stored.properties.dtype
 
     def read(self, name: str) -> Tensor:
         """One whole tensor, on the CPU.
