@@ -7,7 +7,9 @@ import pytest
 
 from launcher.cli import main
 
-WORDS = "build grow dedup decontaminate train-tokenizer tokenize stats inspect check report".split()
+WORDS = (
+    "build", "grow", "dedup", "decontaminate", "train-tokenizer", "tokenize", "stats", "inspect", "check", "report",
+)  # fmt: skip
 
 
 def write(path: Path, count: int) -> Path:
