@@ -18,7 +18,9 @@ from data_pipeline.config import (
     TokenizerConfig,
     ValidationConfig,
 )
+from data_pipeline.foreign import import_megatron
 from data_pipeline.select import select
+from data_pipeline.tokenizer import Tokenizer
 from launcher.report.store_page import write_store_page
 from parallel.common.errors import UserError
 
@@ -105,6 +107,24 @@ def tokenize(options: argparse.Namespace) -> int:
     return 0
 
 
+def import_corpus(options: argparse.Namespace) -> int:
+    """`data import PREFIX... --tokenizer PATH --output STORE`: Megatron's files as a store."""
+    prefixes: dict[str, Path] = {}
+    for given in options.prefix:
+        prefix = given.with_suffix("") if given.suffix in (".bin", ".idx") else given
+        if prefix.name in prefixes and prefixes[prefix.name] != prefix:
+            raise UserError(f"{prefix} and {prefixes[prefix.name]} have one name, and would be one source: rename one")
+        prefixes[prefix.name] = prefix
+    import_megatron(
+        prefixes,
+        options.output,
+        tokenizer=Tokenizer.load(options.tokenizer),
+        validation_share=options.validation_share,
+        shard_tokens=DataConfig().shard_tokens,
+    )
+    return 0
+
+
 def add_words(words: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The parsers of these words."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -160,3 +180,17 @@ def add_words(words: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     word.add_argument("--output", type=Path, required=True, metavar="STORE", help="directory of the store")
     word.add_argument("--validation-share", type=float, default=0.0, help="share of documents held out (0)")
     word.set_defaults(run=tokenize)
+    word = words.add_parser(
+        "import",
+        formatter_class=raw,
+        help="an existing Megatron corpus (.bin and .idx) as a token store",
+        description="Makes a token store of Megatron corpora as they are: ids, order and borders stay.",
+        epilog="example: bloomery data import corpora/web_text_document --tokenizer tokenizer.json --output stores/web",
+    )
+    word.add_argument(
+        "prefix", nargs="+", metavar="PREFIX", type=Path, help="path without .bin and .idx; a source each"
+    )
+    word.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="the one that made the ids")
+    word.add_argument("--output", type=Path, required=True, metavar="STORE", help="directory of the store")
+    word.add_argument("--validation-share", type=float, default=0.0, help="share of sequences held out (0)")
+    word.set_defaults(run=import_corpus)
