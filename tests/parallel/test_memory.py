@@ -39,8 +39,8 @@ MOE = MoeConfig(experts=6, ffn_hidden_size=20, shared_ffn_hidden_size=12, first_
     ids=str,
 )
 def test_computed_is_measured(ranks: int, dtype: torch.dtype, model: dict[str, Any], layout: dict[str, Any]) -> None:
-    case = tiny(ranks, dtype=dtype, **layout)
+    case = tiny(ranks, **layout)
     train = replace(case.config.train, global_batch_size=12)
     case = replace(case, config=replace(case.config, model=replace(case.config.model, **model), train=train))
-    for rank in bytes_held(case):
+    for (rank,) in bytes_held(case, dtype):
         assert rank.computed == rank.measured
