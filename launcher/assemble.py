@@ -92,6 +92,7 @@ def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preemp
         config=configuration.to_dict(config),
         group=_hosts(),
         asynchronous=config.checkpoint.asynchronous,
+        mirror=config.checkpoint.mirror,
     )
     display = make_display(topology.rank)
     saving = Saving(config.checkpoint, total_steps=steps, rank=topology.rank)

@@ -56,7 +56,7 @@ def train(parts: Parts, records: Records) -> None:
             parts.meter.timed("save", save, parts, result, records)
         if stop:
             break
-    parts.checkpoints.wait()
+    parts.checkpoints.wait(mirror=parts.progress.done)
 
 
 def save(parts: Parts, result: StepResult, records: Records) -> None:

@@ -13,6 +13,7 @@ from data_pipeline.store import Store
 from launcher.config import RunConfig, flatten, missing, to_dict, total_steps
 from launcher.layout_rules import divisors, layout_problems, multiples, nearest
 from model.config import Position
+from parallel.checkpoint.mirror import place
 from parallel.common.errors import ConfigError, Problem
 from parallel.common.units import parse_count
 from parallel.config import BestMetric, ScheduleName
@@ -86,6 +87,12 @@ def _run(config: RunConfig) -> Iterator[Problem]:
     if best.keep_best and best.best_by is BestMetric.validation_loss and config.evaluate.every_steps is None:
         legal = "0 without evaluate.every_steps, for nothing is measured; or checkpoint.best_by=loss"
         yield Problem(key="checkpoint.keep_best", got=best.keep_best, legal=legal)
+    if config.checkpoint.mirror is not None:
+        try:
+            place(config.checkpoint.mirror)
+        except (ValueError, ImportError) as error:
+            legal = f"a path or a URL that can be reached: {error}"
+            yield Problem(key="checkpoint.mirror", got=config.checkpoint.mirror, legal=legal)
 
 
 def _length(config: RunConfig) -> Iterator[Problem]:

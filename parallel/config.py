@@ -138,6 +138,8 @@ class CheckpointConfig:
     load_parts: LoadParts = LoadParts.everything
     fallback: bool = False
     """Where the newest checkpoint is damaged, put it aside and go on from the newest whole one, instead of stopping."""
+    mirror: str | None = None
+    """Where committed checkpoints are copied to, a path or a URL that fsspec knows (`s3://bucket/run`)."""
     allow_changes: list[str] = field(default_factory=list)
     """What may differ from the run's last attempt though it changes the numbers: keys or sections of this
     configuration, `code`, `versions`."""

@@ -26,12 +26,15 @@ from parallel.checkpoint.background import Background, HostCopy
 from parallel.checkpoint.fence import Fence
 from parallel.checkpoint.load import load
 from parallel.checkpoint.manifest import DamagedCheckpoint, Manifest, step_directories
+from parallel.checkpoint.mirror import Mirror
 from parallel.checkpoint.retention import Retention, prune
 from parallel.checkpoint.save import Content, StepWriter, put_aside
 from parallel.common.stateful import Stateful
 
 logger = logging.getLogger(__name__)
 
+_MIRROR_SECONDS = 300.0
+"""The other ranks wait for rank 0 meanwhile: less than the limit of a collective."""
 Committed = Callable[..., None]
 """Called on rank 0 after a commit with `checkpoint`, the directory's name, and `seconds`, what writing it took."""
 
@@ -48,6 +51,7 @@ class Checkpoints:
         group: all ranks over the hosts (gloo), for what they agree on; by default torch's own group of all ranks. With
             `asynchronous` nobody else may use it.
         asynchronous: whether `save` returns when everything is copied to the host's memory, and a thread writes it.
+        mirror: path or URL where rank 0 copies committed checkpoints to.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Checkpoints:
         config: dict[str, Any],
         group: ProcessGroup | None = None,
         asynchronous: bool = False,
+        mirror: str | None = None,
     ) -> None:
         assert re.fullmatch(r"[A-Za-z0-9._-]+", fence.attempt), fence.attempt
         self.root = root
@@ -67,6 +72,7 @@ class Checkpoints:
         self._group = group
         self._background = Background()
         self._copy = HostCopy() if asynchronous else None
+        self._mirror = Mirror(root, mirror) if mirror is not None and dist.get_rank() == 0 else None
         self._writer = StepWriter(root=root, fence=fence, layout=layout, config=config, group=group)
 
     def save(
@@ -106,7 +112,16 @@ class Checkpoints:
             if dist.get_rank() == 0:
                 if committed is not None:
                     committed(checkpoint=path.name, seconds=time.perf_counter() - started)
-                prune(self.root, self._retention, besides=(path,))
+                self._clear_away(path)
+
+    def _clear_away(self, committed: Path) -> None:
+        """Copies and removes what is to be copied and removed after a commit; on rank 0."""
+        if self._mirror is None:
+            prune(self.root, self._retention, besides=(committed,))
+            return
+        with self._mirror.untouched() as copying:
+            prune(self.root, self._retention, besides=(committed, *copying))
+        self._mirror.push()
 
     def ask(self) -> bool:
         """Whether a write in the background has failed on this rank and nobody knows."""
@@ -122,13 +137,18 @@ class Checkpoints:
             self.wait()
             raise RuntimeError("the save in the background failed on another rank")
 
-    def wait(self) -> None:
+    def wait(self, *, mirror: bool = False) -> None:
         """Returns when nothing is being written any more; every rank calls this.
+
+        Args:
+            mirror: whether to wait for the copies, too, for some minutes at most.
 
         Raises:
             UserError: on all ranks; what went wrong in the background.
         """
         self._background.wait()
+        if mirror and self._mirror is not None:
+            self._mirror.wait(_MIRROR_SECONDS)
 
     def close(self) -> None:
         """Lets a write in the background end, whatever else went wrong; its error is only logged."""

@@ -182,3 +182,23 @@ def test_saving_in_the_background_changes_no_number(tmp_path: Path, store: Path,
     assert run("train", config, "checkpoint.asynchronous=false", ranks=2)[0] == [0, 0]
     assert records(tmp_path) == kept
     assert (tmp_path / "run/metrics.jsonl").read_bytes() != before, "step 12 was taken again"
+
+
+def test_a_mirror_gets_every_step_and_stops_nobody(tmp_path: Path, store: Path) -> None:
+    config = configuration(tmp_path, store, checkpoint={"every_steps": 4, "keep": 1})
+    codes, said = run("train", config, "checkpoint.mirror=s3://bucket/run")
+    assert codes == [2]
+    assert "checkpoint.mirror is 's3://bucket/run'" in said, "this needs a package that is not installed"
+    blocked = tmp_path / "mirror"
+    blocked.write_text("in the way")
+    codes, said = run("train", config, f"checkpoint.mirror=file://{blocked}", "train.steps=8")
+    assert codes == [0], said
+    assert "it is tried again at the next save" in said
+    shutil.rmtree(tmp_path / "run")
+    blocked.unlink()
+    codes, said = run("train", config, f"checkpoint.mirror=file://{blocked}")
+    assert codes == [0], said
+    assert max(whole_steps(blocked)) == 12
+    assert list(whole_steps(tmp_path / "run/checkpoints")) == [12]
+    codes, said = run("train", config, f"run.dir={tmp_path}/other", f"checkpoint.load={blocked}/step-00000012")
+    assert "is after step 12" in said, "a copy is a checkpoint"
