@@ -187,6 +187,8 @@ def _one_factor(evidence: _Evidence) -> str | None:
         return None  # nothing arrived at all, which says more about micro-batches than about a scale
     everything = evidence.wrong == frozenset(evidence.reference)
     called = "every parameter" if everything else _called(evidence.wrong, evidence)
+    if abs(factor) < _EXPLAINED:
+        return f"the gradients of {called} are missing{_skipped_by_zero(evidence)}"
     said = f"the gradients of {called} are {factor:.4g} times what they should be"
     group = ": they are divided by the size of the wrong group" if roles(evidence.wrong) == "experts" else ""
     known = [
@@ -257,14 +259,18 @@ def _micro_batches(evidence: _Evidence) -> str | None:
         return "the loss is averaged in each micro-batch and then over micro-batches, instead of once over all tokens"
     if (close | np.isclose(factors, 0, atol=_EXPLAINED)).all():
         which = ", ".join(str(number + 1) for number in np.flatnonzero(~close))
-        skipped = (
-            ": the backward epilogue of ZeRO was skipped where backward passes follow each other without a forward"
-            if any(name.startswith("ZeRO") for name in evidence.needed)
-            else ""
-        )
-        return f"the gradients of {called} lack micro-batches ({which} of {len(factors)}){skipped}"
+        return f"the gradients of {called} lack micro-batches ({which} of {len(factors)}){_skipped_by_zero(evidence)}"
     said = ", ".join(f"{factor:.3g}" for factor in factors)
     return f"micro-batches count with wrong factors ({said} instead of 1) in the gradients of {called}"
+
+
+def _skipped_by_zero(evidence: _Evidence) -> str:
+    """Why gradients are missing, where nothing but ZeRO takes them away."""
+    if not any(name.startswith("ZeRO") for name in evidence.needed):
+        return ""
+    if "pipeline" not in evidence.needed:
+        return ": ZeRO did not reduce them"
+    return ": the backward epilogue of ZeRO was skipped where backward passes follow each other without a forward"
 
 
 def _even(numbers: np.ndarray) -> bool:
