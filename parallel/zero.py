@@ -2,7 +2,7 @@
 
 Source: Rajbhandari et al., 2020, arXiv:1910.02054. What is sharded and when gradients are reduced in which layout is
 `parallel.mechanism`'s decision; this module carries it out. DeepSpeed was not made to be driven by megatron-core's
-schedules; what is done about it, each point held by the gradient matrix of tests/distributed/test_gradients.py:
+schedules; what is done about it, each point held by the proofs of tests/layouts.yaml:
 
 - Where gradients are reduced in the backward pass, the schedule says which micro-batch is the last. DeepSpeed resets
   its bookkeeping only at a forward, while a pipeline's last backward passes follow each other, so that their reduction
