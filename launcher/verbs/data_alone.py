@@ -155,6 +155,11 @@ def add_words(words: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     word.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new directory")
     word.add_argument("--ngram", type=int, default=13, help="tokens in a row that may not be shared (13)")
     word.set_defaults(run=decontaminate)
+    _add_words_of_tokens(words)
+
+
+def _add_words_of_tokens(words: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    raw = argparse.RawDescriptionHelpFormatter
     anything = "jsonl, parquet or txt files, directories or globs"
     word = words.add_parser(
         "train-tokenizer",
