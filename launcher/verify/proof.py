@@ -125,18 +125,20 @@ def one_rank(case: Case) -> Case:
     return replace(case, config=replace(case.config, parallel=ParallelConfig(zero_stage=0)), ranks=1)
 
 
-def compared(case: Case, *, steps: int = STEPS) -> Comparison:
-    """Runs a case and its oracle."""
+def compared(case: Case, *, steps: int = STEPS, seconds: float = 60) -> Comparison:
+    """Runs a case and its oracle; `seconds`, and as many again for every six ranks, is how long a world may take."""
     started = time.monotonic()
     oracle = one_rank(case)
     oracles = [oracle, replace(oracle, dtype=torch.float32)] if case.dtype in _HALVES.values() else [oracle]
     who = ""
     try:
-        per_rank = run_world(lambda: found(case, steps=steps), case.ranks, seconds=60 + 10 * case.ranks)
+        per_rank = run_world(lambda: found(case, steps=steps), case.ranks, seconds=seconds * (1 + case.ranks / 6))
         gradients = [whole([rank.gradients[step] for rank in per_rank]) for step in range(steps)]
         led_by = [step.tensors for step in gradients]
         who = "one rank alone: "
-        found_by = run_world(lambda: [found(each, steps=steps, led_by=led_by) for each in oracles], 1)[0]
+        found_by = run_world(lambda: [found(each, steps=steps, led_by=led_by) for each in oracles], 1, seconds=seconds)[
+            0
+        ]
     except Exception as error:
         return Comparison(case=case, checks=(), crash=who + _crash(error), seconds=time.monotonic() - started)
     ours = _Side.of(per_rank, gradients)

@@ -20,6 +20,9 @@ from model.config import Activation, Dispatcher, MoeConfig, Norm
 from parallel.common.errors import ConfigError
 from parallel.config import Recompute, RecomputeConfig
 
+_SECONDS = 20
+"""How long a world may take that one was taken away from; it is no answer if it hangs."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Feature:
@@ -52,7 +55,7 @@ def minimal(comparison: Comparison) -> Minimal:
         simpler = feature.without(failing.case)
         if not _legal(simpler):
             continue
-        tried = compared(simpler, steps=steps)
+        tried = compared(simpler, steps=steps, seconds=_SECONDS)
         if _same(tried, comparison):
             failing = tried
     needed = frozenset(feature.name for feature in FEATURES if feature.present(failing.case))
