@@ -16,7 +16,7 @@ quickstart: venv ## from raw text to a trained model; DATA=path takes your own j
 	@env -u OMP_NUM_THREADS .venv/bin/python -m launcher quickstart $(if $(DATA),--data $(DATA))
 
 test: venv ## the tests
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest -n logical --maxprocesses 8
 
 lint: venv ## ruff and pyright
 	@$(PYTHON) -m ruff check .
