@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python -P
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint format bench clean
+.PHONY: help venv quickstart test lint format reference bench clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -26,6 +26,9 @@ lint: venv ## ruff and pyright
 format: venv ## let ruff sort imports and lay out the code
 	@$(PYTHON) -m ruff check --fix .
 	@$(PYTHON) -m ruff format .
+
+reference: venv ## write docs/configuration.md from the code
+	@$(PYTHON) -m launcher.reference > docs/configuration.md.new && mv docs/configuration.md.new docs/configuration.md
 
 bench: venv ## the benchmarks; each prints a table
 	@set -e; for script in train_overhead loader; do echo "== $$script"; .venv/bin/python benchmarks/$$script.py; done

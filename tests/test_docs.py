@@ -1,0 +1,101 @@
+"""What the documentation names exists: files, links, keys of the configuration, verbs and their options.
+
+The pages are read as text; none of their commands is run here.
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from launcher import cli, reference
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+_SECTIONS = {key.split(".")[0] for key in reference.all_keys() if "." in key}
+_TOP = "docs|configs|tests|benchmarks|slurm|launcher|model|parallel|data_pipeline"
+_FILES = re.compile(rf"(?<![\w./~-])((?:{_TOP})/[\w./-]+)")
+_LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+_KEY = re.compile(rf"(?<![\w./-])((?:{'|'.join(sorted(_SECTIONS))})(?:\.[a-z_]+)+)(?![\w/*])")
+_COMMAND = re.compile(r"(?:^ *|`|\$ |&& )(?:bloomery|\S*python\S* (?:-P )?-m launcher) +([a-z][^`#\n]*)", re.MULTILINE)
+
+
+def _each(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_each)
+def test_files_and_links_exist(page: Path) -> None:
+    text = page.read_text()
+    named = {ROOT / name.rstrip(".") for name in _FILES.findall(text)}
+    named |= {page.parent / link for link in _LINK.findall(text) if "://" not in link}
+    assert not [str(path) for path in sorted(named) if not path.exists() and not _made_by_running(path)]
+
+
+def _made_by_running(path: Path) -> bool:
+    return any(part in ("runs", "stores") for part in path.parts)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_each)
+def test_keys_exist(page: Path) -> None:
+    known = reference.all_keys()
+    named = {key for key in _KEY.findall(page.read_text()) if not key.endswith((".py", ".yaml", ".md"))}
+    named = {key for key in named if not (ROOT / key.split(".")[0] / f"{key.split('.')[-1]}.py").exists()}
+    wrong = {key for key in named if key not in known and not _inside_a_list(key, known) and not _attribute(key)}
+    assert not sorted(wrong)
+
+
+def _inside_a_list(key: str, known: frozenset[str]) -> bool:
+    return any(key.startswith(each.partition("[]")[0] + ".") for each in known if "[]" in each)
+
+
+def _attribute(key: str) -> bool:
+    """Something of Python's, such as `model.language_model.Stage` or a module of a room."""
+    return (ROOT / Path(*key.split("."))).with_suffix(".py").exists() or (ROOT / Path(*key.split("."))).is_dir()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_each)
+def test_verbs_and_options_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = []
+    for command in _COMMAND.findall(page.read_text()):
+        words = command.split()
+        help_text = _help(tuple(words[:2]), capsys) or _help(tuple(words[:1]), capsys)
+        if help_text is None:
+            wrong.append(f"bloomery {command}: no such verb")
+            continue
+        options = {word.partition("=")[0] for word in words if re.fullmatch(r"--[a-z][a-z-]+(=.*)?", word)}
+        wrong += [f"bloomery {command}: no {option}" for option in options if not _has(help_text, option)]
+    assert not wrong, "\n".join(wrong)
+
+
+def _has(help_text: str, option: str) -> bool:
+    return re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", help_text) is not None
+
+
+@cache
+def _words_with_help(verb: str) -> bool:
+    return verb in ("data", "checkpoint")
+
+
+def _help(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str | None:
+    """What `bloomery WORDS --help` prints, or None where there is no such verb."""
+    if not words or words[0] not in cli.VERBS or (len(words) > 1 and not _words_with_help(words[0])):
+        return None
+    code: object = 0
+    try:
+        code = cli.main([*words, "--help"])
+    except SystemExit as left:
+        code = left.code
+    printed = capsys.readouterr().out
+    return printed if code in (0, None) else None
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    page = ROOT / "docs" / "configuration.md"
+    assert page.read_text() == reference.page(), "run `make reference`"
+
+
+def test_every_verb_is_in_the_readme_or_a_page_of_docs() -> None:
+    text = "\n".join(page.read_text() for page in PAGES)
+    assert not [verb for verb in cli.VERBS if not re.search(rf"(bloomery|make) {verb}\b", text)]
