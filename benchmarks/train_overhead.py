@@ -22,7 +22,7 @@ from plain import PlainLlama, PlainLoop
 
 from model.build import build
 from model.config import ModelConfig
-from model.objectives import causal_language_modelling
+from model.objectives import Prediction
 from model.size import parameter_count
 from parallel.common.units import format_count
 from parallel.config import OptimizerConfig, ParallelConfig, ScheduleConfig, ScheduleName
@@ -80,7 +80,7 @@ def our_step(case: Case) -> Callable[[int], float]:
     )
     engine = Engine(
         chunks,
-        objective=causal_language_modelling,
+        objective=Prediction(),
         topology=topology,
         optimizer=optimizer,
         schedule=Schedule(optimizer, total_steps=1),

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipeline.batch import make_batch
+from data_pipeline.builders import Setting
 from data_pipeline.config import PhaseConfig
 from data_pipeline.following import wait_for_growth
 from data_pipeline.mixture import spread
@@ -66,9 +66,9 @@ class Loader:
             micro_batch_size: Every rank's rows are a multiple of it; what the global batch does not fill has weight 0.
             dp_rank: Which slice of the batch is wanted.
             dp_size: How many slices there are.
-            seed: Keys every order.
+            seed: Keys every order, and what a builder draws.
             mask_documents: Whether positions and document ids tell the documents of a sample apart.
-            plan: Later phases, packing, transforms, following; None: none of them.
+            plan: Form of the samples, later phases, packing, transforms, following; None: plainly causal.
 
         Raises:
             ConfigError: the mixture names a source that the store lacks, or has no weight above 0.
@@ -79,17 +79,19 @@ class Loader:
             _weights(mixture, plan.schedule, store, split), plan.schedule,
             seed=seed, global_batch_size=global_batch_size, sequence_length=sequence_length,
         )  # fmt: skip
+        self._builder = plan.builder(
+            Setting(store=store, sequence_length=sequence_length, seed=seed, mask_documents=mask_documents)
+        )
+        self._length = self._builder.length
         self._streams = [
-            plan.samples(store, name, split=split, sequence_length=sequence_length, seed=seed)
+            plan.samples(store, name, split=split, sequence_length=self._length, seed=seed)
             for name in self._schedule.sources
         ]
         self._store = store
         self._split = split
-        self._length = sequence_length
         self._global_batch_size = global_batch_size
         self._rows = rows_per_rank(global_batch_size, micro_batch_size, dp_size)
         self._first_row = dp_rank * self._rows
-        self._mask_documents = mask_documents
         self._following = plan.following
         self._seed = seed
         self._position = 0
@@ -154,15 +156,7 @@ class Loader:
         lengths = None
         if any(phase.segment_length for phase in self._schedule.phases):
             lengths = self._schedule.segment_lengths(np.maximum(sample_ids, 0), self._length)
-        together = make_batch(
-            ids,
-            sample_ids=sample_ids,
-            labels_in_row=labels,
-            end_of_document=self._store.end_of_document,
-            padding=self._store.padding,
-            mask_documents=self._mask_documents,
-            segment_lengths=lengths,
-        )
+        together = self._builder.batch(ids, sample_ids=sample_ids, labels_in_row=labels, segment_lengths=lengths)
         split = [tensor.split(self._rows) for tensor in together.values()]
         return [dict(zip(together, tensors, strict=True)) for tensors in zip(*split, strict=True)][::-1]
 
@@ -329,12 +323,14 @@ def single_pass(
     dp_rank: int,
     dp_size: int,
     mask_documents: bool = True,
+    plan: Plan | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Batches in which every token of a split is predicted exactly once, for evaluation.
 
     The documents of each source stand in store order and are cut like training samples; the last row of a source is
     padded with weight zero. The rows of the sources are spread evenly over the batches, so that the first few batches
-    are a fair sample of the whole. Every rank gets the same number of batches.
+    are a fair sample of the whole. Every rank gets the same number of batches. Of the plan only the form of the
+    samples counts; what a builder draws is the same each time.
 
     Yields:
         A batch as in `batch`, with one more key: `source`, int64 [batch], the index into `store.sources` of the
@@ -346,9 +342,13 @@ def single_pass(
     tokens = tokens_by_source(store, split)
     if not tokens:
         raise UserError(f"the token store has no {split} documents: build it from more text")
-    streams = [SourceStream(store, name, split=split, sequence_length=sequence_length, seed=None) for name in tokens]
+    builder = (plan or Plan()).builder(
+        Setting(store=store, sequence_length=sequence_length, seed=0, mask_documents=mask_documents)
+    )
+    length = builder.length
+    streams = [SourceStream(store, name, split=split, sequence_length=length, seed=None) for name in tokens]
     totals = np.array(list(tokens.values()), dtype=np.int64)
-    sources, ordinals = spread(-(-totals // sequence_length), np.full(len(totals), 0.5))
+    sources, ordinals = spread(-(-totals // length), np.full(len(totals), 0.5))
     in_store = np.array([store.sources.index(name) for name in tokens], dtype=np.int64)
     rows = rows_per_rank(global_batch_size, micro_batch_size, dp_size)
     slots = np.arange(dp_rank * rows, (dp_rank + 1) * rows)
@@ -357,18 +357,11 @@ def single_pass(
         sample_ids = np.full(rows, -1, dtype=np.int64)
         sample_ids[real] = first + slots[real]
         kinds, numbers = sources[sample_ids[real]], ordinals[sample_ids[real]]
-        ids = np.zeros((rows, sequence_length + 1), dtype=store.dtype)
+        ids = np.zeros((rows, length + 1), dtype=store.dtype)
         _fill(ids, real, streams, kinds, numbers)
         labels_in_row = np.zeros(rows, dtype=np.int64)
-        labels_in_row[real] = np.minimum(totals[kinds] - numbers * sequence_length, sequence_length)
+        labels_in_row[real] = np.minimum(totals[kinds] - numbers * length, length)
         source = np.full(rows, -1, dtype=np.int64)
         source[real] = in_store[kinds]
-        batch = make_batch(
-            ids,
-            sample_ids=sample_ids,
-            labels_in_row=labels_in_row,
-            end_of_document=store.end_of_document,
-            padding=store.padding,
-            mask_documents=mask_documents,
-        )
+        batch = builder.batch(ids, sample_ids=sample_ids, labels_in_row=labels_in_row)
         yield {**batch, "source": torch.from_numpy(source)}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from data_pipeline.builders import BUILDERS, CAUSAL, SampleBuilder, Setting
 from data_pipeline.config import DataConfig, FillInTheMiddleConfig, Packing, PhaseConfig
 from data_pipeline.following import Following
 from data_pipeline.middle import FillInTheMiddle
@@ -16,6 +17,8 @@ from data_pipeline.store import Store
 class Plan:
     """The plain loader, unless something else is said."""
 
+    form: str = CAUSAL
+    """Of the samples: a name in `builders`."""
     schedule: Sequence[PhaseConfig] = ()
     """Other mixtures and lengths from later steps on."""
     packing: Packing = Packing.concatenate
@@ -26,9 +29,10 @@ class Plan:
     """Wait where a store that still grows is behind."""
 
     @classmethod
-    def of(cls, config: DataConfig) -> "Plan":
-        """What a configuration says."""
+    def of(cls, config: DataConfig, form: str = CAUSAL) -> "Plan":
+        """What a configuration says, for samples of a form."""
         return cls(
+            form=form,
             schedule=tuple(config.schedule),
             packing=config.packing,
             max_documents_per_sequence=config.max_documents_per_sequence,
@@ -36,8 +40,12 @@ class Plan:
             following=Following(limit_seconds=config.follow_seconds) if config.follow else None,
         )
 
+    def builder(self, setting: Setting) -> SampleBuilder:
+        """What makes batches."""
+        return BUILDERS[self.form](setting)
+
     def samples(self, store: Store, source: str, *, split: str, sequence_length: int, seed: int) -> Samples:
-        """The samples of a source."""
+        """The stream of a source."""
         if self.packing is Packing.concatenate:
             return SourceStream(store, source, split=split, sequence_length=sequence_length, seed=seed)
         most = self.max_documents_per_sequence
@@ -51,6 +59,8 @@ class Plan:
     def options(self) -> dict[str, Any]:
         """What decides the samples of a position, for the loader's fingerprint; only what is not as it always was."""
         found: dict[str, Any] = {"packing": self.packing.value}
+        if self.form != CAUSAL:
+            found["form"] = self.form
         if self.packing is Packing.best_fit and self.max_documents_per_sequence is not None:
             found["max_documents_per_sequence"] = self.max_documents_per_sequence
         if self.fill_in_the_middle is not None and self.fill_in_the_middle.rate:

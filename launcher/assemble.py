@@ -14,7 +14,6 @@ from torch.distributed import ProcessGroup
 
 from data_pipeline.following import open_store
 from data_pipeline.loader import Loader
-from data_pipeline.plan import Plan
 from data_pipeline.store import TRAINING, Store
 from launcher import config as configuration
 from launcher.batches import Batches
@@ -22,6 +21,7 @@ from launcher.config import RunConfig, WandbMode
 from launcher.display import Display, make_display
 from launcher.evaluation.validation import Validation
 from launcher.meter import Meter
+from launcher.objective import objective_of, plan_of
 from launcher.preempt import Preempt
 from launcher.progress import Every, Progress
 from launcher.run_directory import Lock, RunDirectory
@@ -29,7 +29,6 @@ from launcher.runtime import COLLECTIVE_LIMIT
 from launcher.saving import Saving
 from launcher.tracking import Tracker, WeightsAndBiases
 from model.build import build
-from model.objectives import causal_language_modelling
 from parallel.checkpoint.checkpoints import Checkpoints
 from parallel.checkpoint.fence import Fence
 from parallel.checkpoint.retention import Retention
@@ -67,7 +66,7 @@ def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preemp
     store = open_store(config.data)
     topology = Topology.create(config.parallel)
     rows = vocabulary_size(config, store)
-    engine = make_engine(config, vocabulary_size=rows, topology=topology, objective=causal_language_modelling)
+    engine = make_engine(config, vocabulary_size=rows, topology=topology, objective=objective_of(config))
     loader = Loader(
         store,
         split=TRAINING,
@@ -79,7 +78,7 @@ def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preemp
         dp_size=topology.data_parallel_size,
         seed=config.run.seed,
         mask_documents=config.data.mask_documents,
-        plan=Plan.of(config.data),
+        plan=plan_of(config),
     )
     progress = Progress(
         total_steps=steps, global_batch_size=train.global_batch_size, sequence_length=train.sequence_length

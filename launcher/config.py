@@ -22,7 +22,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.config import DataConfig
-from model.config import ModelConfig
+from model.config import ModelConfig, ObjectiveName
 from parallel.common.errors import ConfigError, Problem, UserError
 from parallel.common.files import write_text
 from parallel.common.units import parse_count
@@ -63,6 +63,10 @@ class TrainConfig:
     """Samples that one forward pass takes on one rank."""
     sequence_length: int = MISSING
     """Tokens in a sample."""
+    objective: ObjectiveName | None = None
+    """What is minimised; by default what the model's family is made for."""
+    z_loss: float = 0.0
+    """Coefficient of the squared log-normaliser of each prediction, which keeps logits near 0 (PaLM has 1e-4)."""
     log_every_steps: int = 10
     """Steps between two lines of metrics."""
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import Tokenizer
 from launcher.assemble import make_engine, vocabulary_size
+from launcher.objective import objective_of
 from launcher.outcome import Outcome
 from launcher.runtime import in_ranks
 from launcher.verbs.generate import GenerateJob, facts, keep, show
 from launcher.work import Ranks
-from model.objectives import causal_language_modelling
 from parallel.checkpoint.load import load
 from parallel.config import ParallelConfig
 from parallel.topology import Topology
@@ -69,7 +69,7 @@ def _generated(job: GenerateJob, ranks: Ranks) -> Outcome:
         config,
         vocabulary_size=vocabulary_size(config, store),
         topology=topology,
-        objective=causal_language_modelling,
+        objective=objective_of(config),
     )
     load(job.checkpoint.path, {"model": engine.participants()["model"]})
     model = engine.updater.module

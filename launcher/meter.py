@@ -87,6 +87,7 @@ class Meter:
             "grad_norm": grad_norm,
             "skipped_steps": self._skipped_steps,
             **{name: float(value) for name, value in result.metrics.items()},
+            **means(result.reported),
             "tokens_per_second": rate,
             **{name: None if share is None else rate * share for name, share in self._flops_share.items()},
             "memory_bytes": self._memory_bytes(),
@@ -121,6 +122,11 @@ class Meter:
         dist.all_gather(slices, mine, group=group)
         ids = torch.cat(slices).cpu()
         return hash_bytes(ids[ids >= 0].sort().values.numpy().tobytes())
+
+
+def means(reported: Mapping[str, Tensor]) -> dict[str, float]:
+    """Each sum over its weight."""
+    return {name: (pair[0] / pair[1].clamp(min=1e-12)).item() for name, pair in reported.items()}
 
 
 def finite(result: StepResult, step: int) -> tuple[float, float | None]:

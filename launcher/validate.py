@@ -12,6 +12,7 @@ from data_pipeline.config import training_problems
 from data_pipeline.store import Store
 from launcher.config import RunConfig, flatten, missing, to_dict, total_steps
 from launcher.layout_rules import divisors, layout_problems, multiples, nearest
+from model import families
 from model.config import Position
 from parallel.checkpoint.mirror import place
 from parallel.common.errors import ConfigError, Problem
@@ -32,7 +33,8 @@ _POSITIVE = (
     "checkpoint.keep_every_steps", "evaluate.every_steps", "evaluate.batches",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "run.seed", "model.moe.experts", "model.moe.first_layer", "model.moe.load_balance_loss", "model.moe.z_loss",
+    "run.seed", "train.z_loss", "model.moe.experts", "model.moe.first_layer", "model.moe.load_balance_loss",
+    "model.moe.z_loss",
     "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.schedule.warmup_steps",
     "optimizer.schedule.min_learning_rate", "checkpoint.keep_best",
 )  # fmt: skip
@@ -50,7 +52,7 @@ def check_training(config: RunConfig, *, ranks: int, store: Store | None = None)
     if not problems:
         problems = list(_numbers(config))
     if not problems:
-        rules = (_run(config), _length(config), _model(config), layout_problems(config, ranks))
+        rules = (_run(config), _length(config), _objective(config), _model(config), layout_problems(config, ranks))
         problems = [problem for rule in rules for problem in rule]
         if store is not None:
             problems.extend(_against_store(config, store))
@@ -120,6 +122,14 @@ def _length(config: RunConfig) -> Iterator[Problem]:
     if schedule.min_learning_rate > config.optimizer.learning_rate:
         legal = f"at most optimizer.learning_rate = {config.optimizer.learning_rate}"
         yield Problem(key="optimizer.schedule.min_learning_rate", got=schedule.min_learning_rate, legal=legal)
+
+
+def _objective(config: RunConfig) -> Iterator[Problem]:
+    wanted, legal = config.train.objective, families.family(config.model).objectives
+    if wanted is not None and wanted not in legal:
+        named = " or ".join(name.value for name in legal)
+        said = f"{named}, by which a {config.model.family.value} is trained"
+        yield Problem(key="train.objective", got=wanted.value, legal=said)
 
 
 def _model(config: RunConfig) -> Iterator[Problem]:

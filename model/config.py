@@ -17,6 +17,13 @@ class FamilyName(StrEnum):
     qwen3 = "qwen3"
 
 
+class ObjectiveName(StrEnum):
+    """What training minimises (model/objectives.py), each over samples of its own form (data_pipeline/builders.py)."""
+
+    causal_lm = "causal_lm"
+    """Every token from those before it in its document."""
+
+
 class Norm(StrEnum):
     """Normalisation before attention, before the MLP and at the end."""
 

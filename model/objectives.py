@@ -1,10 +1,11 @@
 """What training minimises: functions of a model's outputs and a batch, summed, to be divided once, globally.
 
-An objective returns (loss_sum, weight_sum, {name: summed value}); the engine adds them up over micro-batches and
-data-parallel slices and divides a single time, so that the result does not depend on how the batch was cut.
+An objective returns (loss_sum, weight_sum, {name: [summed value, summed weight]}); the engine adds them up over
+micro-batches and data-parallel slices and divides a single time, so that the result does not depend on how the batch
+was cut. `objective` makes one by its name; `samples` of model/families.py says which form of sample it is for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +14,25 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import cross_entropy
 
+from model.config import ObjectiveName
+from parallel.engine import Objective
+
 
 class _VocabularyParallelCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of logits whose vocabulary is cut over the ranks of a group, in the logits' own precision.
+    """Cross-entropy and log-normaliser of logits whose vocabulary is cut over the ranks of a group, in the logits' own
+    precision.
 
     megatron-core's computes in float32 whatever it is given, which hides errors below 1e-8 from a float64 proof.
     Source: Shoeybi et al., 2019, arXiv:1909.08053, section 3.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: ProcessGroup) -> Tensor:
-        """Logits [..., vocabulary / group], global labels [...] -> losses [...]."""
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, group: ProcessGroup, normalised: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [..., vocabulary / group], global labels [...] -> losses [...], log-normalisers [...]; these are
+        differentiable if `normalised`."""
+        ctx.normalised = normalised
         share = logits.shape[-1]
         largest = logits.amax(dim=-1)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
@@ -35,14 +44,18 @@ class _VocabularyParallelCrossEntropy(torch.autograd.Function):
         sums = torch.stack((exponentials.sum(dim=-1), ours))
         dist.all_reduce(sums, group=group)
         ctx.save_for_backward(exponentials.div_(sums[0, ..., None]), local, elsewhere)
-        return sums[0].log() - sums[1]
+        logarithms = sums[0].log()
+        return logarithms - sums[1], logarithms + largest
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """Softmax minus the one-hot label, times the gradient of the loss."""
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """Softmax times both gradients, minus the one-hot label times that of the loss."""
         probabilities, local, elsewhere = ctx.saved_tensors
+        of_loss, of_normaliser = gradients
+        more = probabilities * of_normaliser[..., None] if ctx.normalised else None
         probabilities.scatter_add_(-1, local, -(~elsewhere)[..., None].to(probabilities.dtype))
-        return probabilities.mul_(gradients[0][..., None]), None, None
+        probabilities.mul_(of_loss[..., None])
+        return (probabilities if more is None else probabilities.add_(more)), None, None, None
 
 
 def token_losses(logits: Tensor, labels: Tensor, tensor_group: ProcessGroup) -> Tensor:
@@ -52,17 +65,49 @@ def token_losses(logits: Tensor, labels: Tensor, tensor_group: ProcessGroup) -> 
         logits: [sequence, batch, vocabulary / tensor], the vocabulary cut over `tensor_group`.
         labels: [sequence, batch], global token ids.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
     if tensor_group.size() > 1:
-        return _VocabularyParallelCrossEntropy.apply(logits, labels, tensor_group)
-    return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        return _VocabularyParallelCrossEntropy.apply(_exact(logits), labels, tensor_group, False)[0]
+    return cross_entropy(_exact(logits).flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
 
 
-def causal_language_modelling(
-    logits: Tensor, batch: Mapping[str, Tensor], tensor_group: ProcessGroup
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Next-token prediction: the weighted sum of the token losses, and the sum of the weights."""
-    labels = batch["labels"].to(logits.device, non_blocking=True).T.contiguous()
-    weights = batch["loss_weights"].to(logits.device, non_blocking=True).T
-    losses = token_losses(logits, labels, tensor_group)
-    return (losses * weights).sum(), weights.sum(), {}
+def _losses_and_normalisers(logits: Tensor, labels: Tensor, tensor_group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """As `token_losses`, and the log-sum-exp of each token's logits."""
+    if tensor_group.size() > 1:
+        return _VocabularyParallelCrossEntropy.apply(_exact(logits), labels, tensor_group, True)
+    return token_losses(logits, labels, tensor_group), _exact(logits).logsumexp(dim=-1)
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class Prediction:
+    """Cross-entropy of every token whose weight is not 0, and in training the z-loss.
+
+    The z-loss is the squared log-normaliser of each predicted token (Chowdhery et al., 2022, arXiv:2204.02311, section
+    5); it is a part of the loss only where there are gradients, so that an evaluation says what the model predicts.
+    """
+
+    def __init__(self, *, z_loss: float = 0.0) -> None:
+        self.z_loss = z_loss
+        self.reports: Sequence[str] = ("z_loss",) if z_loss else ()
+
+    def __call__(
+        self, outputs: Tensor, batch: Mapping[str, Tensor], tensor_group: ProcessGroup
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Logits [sequence, batch, vocabulary / tensor] -> loss sum [], weight sum [], what it reports."""
+        labels = batch["labels"].to(outputs.device, non_blocking=True).T.contiguous()
+        weights = batch["loss_weights"].to(outputs.device, non_blocking=True).T
+        if not self.z_loss:
+            return (token_losses(outputs, labels, tensor_group) * weights).sum(), weights.sum(), {}
+        losses, normalisers = _losses_and_normalisers(outputs, labels, tensor_group)
+        squares = (normalisers.square() * weights).sum()
+        loss = (losses * weights).sum()
+        if torch.is_grad_enabled():
+            loss = loss + self.z_loss * squares
+        return loss, weights.sum(), {"z_loss": torch.stack((squares, weights.sum()))}
+
+
+def objective(name: ObjectiveName, *, z_loss: float = 0.0) -> Objective:
+    """The objective of a name."""
+    return {ObjectiveName.causal_lm: Prediction}[name](z_loss=z_loss)

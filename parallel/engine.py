@@ -29,7 +29,19 @@ from parallel.topology import Topology
 from parallel.zero import ZeroUpdater
 
 Batch = Mapping[str, Tensor]
-Objective = Callable[[Tensor, Batch, Any], tuple[Tensor, Tensor, dict[str, Tensor]]]
+
+
+class Objective(Protocol):
+    """What is minimised."""
+
+    @property
+    def reports(self) -> Sequence[str]:
+        """Names of what it measures beside the loss; the same on all ranks."""
+        ...
+
+    def __call__(self, outputs: Tensor, batch: Batch, tensor_group: Any, /) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """A loss sum [], its weight sum [], and for each of `reports` a sum and its weight, [2]."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +61,8 @@ class StepResult:
     """Host seconds by phase: `forward_backward`, `communication`, `optimizer`."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """What the model reports of a training step beside its loss (of its routers, for one), each []."""
+    reported: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the objective reports, a sum over the global batch and its weight, each [2] float64."""
 
 
 class Reporting(Protocol):
@@ -150,18 +164,12 @@ class Engine:
         weight = self._weight(batch)
         self._gradient_factor = self.updater.gradient_scale / weight.clamp(min=1e-12)
         with self.updater.accumulation():
-            loss_sum = self._run(batch, forward_only=False)
+            sums = self._run(batch, forward_only=False)
             ran = time.perf_counter()
         reduced = time.perf_counter()
-        loss = self._everywhere(loss_sum) / weight.clamp(min=1e-12)
-        return StepResult(
-            loss=loss,
-            weight=weight,
-            grad_norm=torch.zeros_like(loss),
-            learning_rate=0.0,
-            seconds={"forward_backward": ran - started, "communication": reduced - ran},
-            metrics=self._metrics(weight),
-        )
+        found = self._result(sums, weight)
+        seconds = {"forward_backward": ran - started, "communication": reduced - ran}
+        return replace(found, seconds=seconds, metrics=self._metrics(weight))
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> StepResult:
@@ -170,13 +178,10 @@ class Engine:
         batch = self.topology.context.cut(batch)
         weight = self._weight(batch)
         self.updater.module.train(False)
-        loss_sum = self._run(batch, forward_only=True)
+        sums = self._run(batch, forward_only=True)
         self.updater.module.train(True)
-        loss = self._everywhere(loss_sum) / weight.clamp(min=1e-12)
-        seconds = {"forward_backward": time.perf_counter() - started}
-        return StepResult(
-            loss=loss, weight=weight, grad_norm=torch.zeros_like(loss), learning_rate=0.0, seconds=seconds
-        )
+        found = self._result(sums, weight)
+        return replace(found, seconds={"forward_backward": time.perf_counter() - started})
 
     def participants(self) -> dict[str, Stateful]:
         """What a checkpoint keeps: weights, moments, steps taken."""
@@ -193,7 +198,8 @@ class Engine:
         return weight
 
     def _run(self, batch: Batch, *, forward_only: bool) -> Tensor:
-        """All micro-batches through the schedule; the sum of the losses [] (zero but on the last stage)."""
+        """All micro-batches through the schedule; the sum of the losses, then the pairs of sums that the objective
+        reports, [1 + 2 x reports] (zero but on the last stage)."""
         micro_batches = [
             {**dict(zip(batch, rows, strict=True)), "loss_factor": self._gradient_factor}
             for rows in zip(*(tensor.split(self._micro_batch_size) for tensor in batch.values()), strict=True)
@@ -203,9 +209,9 @@ class Engine:
             num_microbatches=len(micro_batches),
             forward_only=forward_only,
         )
-        total = torch.zeros((), dtype=torch.float64, device=self.topology.device)
-        for loss_sum in outputs:
-            total += loss_sum
+        total = torch.zeros(1 + 2 * len(self._objective.reports), dtype=torch.float64, device=self.topology.device)
+        for sums in outputs:
+            total += sums
         return total
 
     def _forward(self, micro_batches: Iterator[Batch], stage: _Stage) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -214,8 +220,9 @@ class Engine:
 
     def _loss(self, batch: Batch, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the schedule asks of the last stage: a loss to differentiate, a count (unused), what to report."""
-        loss_sum, _, _ = self._objective(outputs, batch, self.topology.groups.tp)
-        return loss_sum, torch.ones((), dtype=torch.int), loss_sum.detach()
+        loss_sum, _, reported = self._objective(outputs, batch, self.topology.groups.tp)
+        pairs = [reported[name].detach().double() for name in self._objective.reports]
+        return loss_sum, torch.ones((), dtype=torch.int), torch.cat((loss_sum.detach().double()[None], *pairs))
 
     def _scale(self, loss: Tensor) -> Tensor:
         """A loss sum times what makes the reduced gradient that of the global mean."""
@@ -230,12 +237,21 @@ class Engine:
         dist.all_reduce(total)
         return self._reporting[0].metrics(total, weight)
 
-    def _everywhere(self, loss_sum: Tensor) -> Tensor:
-        """The sum over data-parallel slices, on every rank; only one tensor rank of the last stage contributes."""
-        if self.topology.tensor_rank or not self.topology.is_last_pipeline_stage:
-            loss_sum.zero_()
-        dist.all_reduce(loss_sum)
-        return loss_sum
+    def _result(self, sums: Tensor, weight: Tensor) -> StepResult:
+        """From what `_run` gives, summed over data-parallel slices: the same on every rank, without an update."""
+        if self.topology.tensor_rank or not self.topology.is_last_pipeline_stage:  # one tensor rank contributes
+            sums.zero_()
+        dist.all_reduce(sums)
+        loss = sums[0] / weight.clamp(min=1e-12)
+        reported = dict(zip(self._objective.reports, sums[1:].view(-1, 2), strict=True))
+        return StepResult(
+            loss=loss,
+            weight=weight,
+            grad_norm=torch.zeros_like(loss),
+            learning_rate=0.0,
+            seconds={},
+            reported=reported,
+        )
 
 
 class _Steps:

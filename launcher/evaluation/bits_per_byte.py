@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 class SourceLosses:
     """An objective that also keeps, for each source, the summed loss and the predicted tokens."""
 
+    reports = ()
+
     def __init__(self, sources: int, topology: Topology) -> None:
         self._topology = topology
         self._sums = torch.zeros(sources, 2, dtype=torch.float64, device=topology.device)  # loss in nats, tokens

@@ -8,6 +8,8 @@ from torch import Tensor
 from data_pipeline.loader import single_pass
 from data_pipeline.store import VALIDATION, Store
 from launcher.config import RunConfig
+from launcher.meter import means
+from launcher.objective import plan_of
 from launcher.progress import Every
 from parallel.engine import Engine
 from parallel.topology import Topology
@@ -24,6 +26,7 @@ def validation_batches(config: RunConfig, *, store: Store, topology: Topology) -
         dp_rank=topology.data_parallel_rank,
         dp_size=topology.data_parallel_size,
         mask_documents=config.data.mask_documents,
+        plan=plan_of(config),
     )
 
 
@@ -45,13 +48,18 @@ class Validation:
         return self.schedule.due(step)
 
     def loss(self, engine: Engine, step: int) -> dict[str, float]:
-        """`{"validation_loss": mean nats a token}` after this step; all ranks call this together."""
+        """`{"validation_loss": mean nats a token}` after this step, and what the objective reports; all ranks call
+        this together."""
         total = weight = 0.0
+        reported: dict[str, Tensor] = {}
         for batch in self._batches:
             result = engine.evaluate(batch)
             total += result.loss.item() * result.weight.item()
             weight += result.weight.item()
-        self._latest = step, {"validation_loss": total / weight}
+            for name, pair in result.reported.items():
+                reported[name] = reported[name] + pair if name in reported else pair
+        found = {f"validation_{name}": value for name, value in means(reported).items()}
+        self._latest = step, {"validation_loss": total / weight, **found}
         return self.at(step)
 
     def at(self, step: int) -> dict[str, float]:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from launcher.assemble import make_engine
 from launcher.config import RunConfig
+from launcher.objective import objective_of
 from launcher.verify.batches import Traits, slice_of, synthetic_batch
-from model.objectives import causal_language_modelling
 from parallel.engine import Engine
 from parallel.fragments import whole_value
 from parallel.optimizer import Kind
@@ -71,7 +71,7 @@ def engine_of(case: Case) -> Engine:
         case.config,
         vocabulary_size=vocabulary,
         topology=Topology.create(case.config.parallel),
-        objective=causal_language_modelling,
+        objective=objective_of(case.config),
         dtype=case.dtype,
     )
 

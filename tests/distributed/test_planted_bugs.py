@@ -15,13 +15,12 @@ import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from launcher.verify import measure
 from launcher.verify.diagnose import diagnose
 from launcher.verify.matrix import row
 from launcher.verify.proof import proofs
 from model import moe, specs
 from model.language_model import CausalLanguageModel
-from model.objectives import causal_language_modelling
+from model.objectives import Prediction
 from parallel import engine, optimizer
 from parallel.context import ContextParallel
 from parallel.engine import Engine
@@ -91,13 +90,15 @@ def test_loss_averaged_per_rank_instead_of_per_token(monkeypatch: pytest.MonkeyP
 
 
 def test_labels_shifted_after_the_sequence_was_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shifted_in_slices(logits: Tensor, batch: dict[str, Tensor], tensor_group: Any) -> Any:
+    right = Prediction.__call__
+
+    def shifted_in_slices(self: Prediction, logits: Tensor, batch: dict[str, Tensor], tensor_group: Any) -> Any:
         labels, length = batch["labels"].clone(), batch["labels"].shape[1] // tensor_group.size()
         if tensor_group.size() > 1:
             labels[:, length - 1 :: length] = batch["tokens"][:, ::length]
-        return causal_language_modelling(logits, {**batch, "labels": labels}, tensor_group)
+        return right(self, logits, {**batch, "labels": labels}, tensor_group)
 
-    monkeypatch.setattr(measure, "causal_language_modelling", shifted_in_slices)
+    monkeypatch.setattr(Prediction, "__call__", shifted_in_slices)
     verify(2, "parallel.tensor=2").says("labels are shifted after the sequence was cut", of=r"\w")
 
 

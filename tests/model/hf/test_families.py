@@ -99,7 +99,8 @@ def logits(model: ModelConfig, weights: Mapping[str, Tensor], ranks: int, layout
         seen.append(torch.cat(parts, dim=-1).transpose(0, 1))
         return outputs.sum(), batch["loss_weights"].sum(), {}
 
-    engine._objective = look
+    look.reports = ()  # type: ignore[attr-defined]
+    engine._objective = look  # type: ignore[assignment]
     share = 3 if engine.topology.data_parallel_size == 1 else None  # data-parallel ranks all read the whole batch here
     rows = TOKENS[:share]
     engine.evaluate(

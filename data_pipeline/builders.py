@@ -1,0 +1,92 @@
+"""The forms that samples have, one for each way to learn from the same store: a table of builders by name.
+
+A builder says what it reads (a stream of `samples.Samples`, each row some tokens of a source and the one that follows
+them) and makes rows into a batch. Everything random in it depends on (seed, purpose, sample) alone, so that neither
+data-parallel size nor resuming changes a sample.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_pipeline.batch import make_batch
+from data_pipeline.store import Store
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What a builder is made from."""
+
+    store: Store
+    sequence_length: int
+    """Tokens in a row of a batch."""
+    seed: int
+    """Keys what is drawn."""
+    mask_documents: bool
+    """Whether positions and document ids tell the documents of a sample apart."""
+
+
+class SampleBuilder(Protocol):
+    """Rows of the store as a batch."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that a sample takes from the stream of its source."""
+        ...
+
+    def batch(
+        self,
+        ids: NDArray[np.unsignedinteger],
+        *,
+        sample_ids: NDArray[np.int64],
+        labels_in_row: NDArray[np.int64],
+        segment_lengths: NDArray[np.int64] | None = None,
+    ) -> dict[str, Tensor]:
+        """A batch as in `batch`, with what the objective has besides.
+
+        Args:
+            ids: Each row's tokens and the one that follows, [batch, length + 1].
+            sample_ids: Position in the global order, -1 in a row that only fills, [batch].
+            labels_in_row: How many labels of each row count, from the left, [batch].
+            segment_lengths: Tokens after which a segment begins in any case, [batch]; None: nowhere.
+        """
+        ...
+
+
+class Causal:
+    """Each token's label is the next one."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self.length = setting.sequence_length
+
+    def batch(
+        self,
+        ids: NDArray[np.unsignedinteger],
+        *,
+        sample_ids: NDArray[np.int64],
+        labels_in_row: NDArray[np.int64],
+        segment_lengths: NDArray[np.int64] | None = None,
+    ) -> dict[str, Tensor]:
+        store = self._setting.store
+        return make_batch(
+            ids,
+            sample_ids=sample_ids,
+            labels_in_row=labels_in_row,
+            end_of_document=store.end_of_document,
+            padding=store.padding,
+            mask_documents=self._setting.mask_documents,
+            segment_lengths=segment_lengths,
+        )
+
+
+class _Maker(Protocol):
+    def __call__(self, setting: Setting, /) -> SampleBuilder: ...
+
+
+CAUSAL = "causal"
+BUILDERS: Mapping[str, _Maker] = {CAUSAL: Causal}

@@ -1,0 +1,16 @@
+"""What a run minimises, over which samples: the objective by its name, and the form of sample that goes with it."""
+
+from data_pipeline.plan import Plan
+from launcher.config import RunConfig
+from model import families, objectives
+from parallel.engine import Objective
+
+
+def objective_of(config: RunConfig) -> Objective:
+    """What the run minimises."""
+    return objectives.objective(families.objective(config.model, config.train.objective), z_loss=config.train.z_loss)
+
+
+def plan_of(config: RunConfig) -> Plan:
+    """What the run asks of its loader, the form of its samples among it."""
+    return Plan.of(config.data, families.SAMPLES[families.objective(config.model, config.train.objective)])
