@@ -4,10 +4,10 @@ PYTHON := .venv/bin/python -P
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint format reference bench clean
+.PHONY: help venv quickstart test lint format reference bench faults-table clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
 venv: ## find Python >= 3.12, make .venv, install
 	@.ci/setup
@@ -32,6 +32,9 @@ reference: venv ## write docs/configuration.md from the code
 
 bench: venv ## the benchmarks; each prints a table
 	@set -e; for script in train_overhead loader; do echo "== $$script"; .venv/bin/python benchmarks/$$script.py; done
+
+faults-table: venv ## docs/reliability.md from the tests' markers; fails where one of the thirty faults has no test
+	@PYTHONPATH=. $(PYTHON) -m tests.faults_table
 
 clean: ## remove caches and build products; runs, stores and .venv stay
 	@rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis

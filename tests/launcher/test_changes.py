@@ -36,6 +36,12 @@ def _history(directory: Path) -> dict[str, Any]:
     return list(RunDirectory(directory / "run").history)[-1]
 
 
+@pytest.mark.fault(
+    number=25,
+    fault="learning rate, length and seed differ from the last attempt's",
+    holds="refused with each difference and how to allow it",
+    recovery_seconds=None,
+)
 def test_another_configuration_is_refused_with_its_differences(tmp_path: Path, config: Path) -> None:
     before = (tmp_path / "run/history.jsonl").read_bytes()
     codes, said = run("train", config, "optimizer.learning_rate=0.5", "train.steps=16", "run.seed=7")
@@ -88,6 +94,12 @@ def test_a_name_that_allows_nothing_is_refused(config: Path, allowed: str, told:
     assert told in said
 
 
+@pytest.mark.fault(
+    number=25,
+    fault="source files differ from the last attempt's",
+    holds="refused by the files' names; allowed by checkpoint.allow_changes and kept in the history",
+    recovery_seconds=None,
+)
 def test_other_code_is_refused_and_its_files_are_named(tmp_path: Path, stopped: Path, config: Path) -> None:
     """As if the last attempt had had another engine and one module less."""
     found = RunDirectory(tmp_path / "run")

@@ -35,6 +35,12 @@ def _truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "tensors/__0_0.distcp"])
+@pytest.mark.fault(
+    number=18,
+    fault="the newest checkpoint of a run is truncated",
+    holds="refused by the file's name; with checkpoint.fallback the one before it goes on with the same bits",
+    recovery_seconds=0.8,
+)
 def test_a_damaged_newest_checkpoint_is_refused_unless_a_fallback_is_asked_for(
     tmp_path: Path, store: Path, finished: Path, name: str
 ) -> None:
@@ -54,6 +60,12 @@ def test_a_damaged_newest_checkpoint_is_refused_unless_a_fallback_is_asked_for(
     assert list(RunDirectory(tmp_path / "run").history)[-1]["from_checkpoint"].endswith("step-00000008")
 
 
+@pytest.mark.fault(
+    number=19,
+    fault="no checkpoint of a run is whole, then none is there",
+    holds="exit code 2 both times, never random weights",
+    recovery_seconds=None,
+)
 def test_where_no_checkpoint_is_whole_nothing_begins(tmp_path: Path, store: Path, finished: Path) -> None:
     config = copied(finished, tmp_path, store)
     for path in RunDirectory(tmp_path / "run").checkpoints.glob("step-*"):

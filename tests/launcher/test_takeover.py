@@ -12,6 +12,12 @@ from tests.launcher.tiny import configuration, run, start
 
 
 @pytest.mark.distributed
+@pytest.mark.fault(
+    number=13,
+    fault="a frozen attempt thaws after its run was finished by another",
+    holds="it is told so and ends with 2; no file of the run changes",
+    recovery_seconds=None,
+)
 def test_a_thawed_attempt_commits_nothing(tmp_path: Path, store: Path) -> None:
     config = configuration(tmp_path, store, train={"steps": 60}, checkpoint={"every_steps": 10})
     directory = RunDirectory(tmp_path / "run")

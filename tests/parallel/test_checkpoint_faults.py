@@ -39,6 +39,24 @@ POINTS = [
     ("point", "rank", "newest", "asynchronous"),
     [(*point, False) for point in POINTS] + [(*POINTS[number], True) for number in (1, 5, 6)],
 )
+@pytest.mark.fault(
+    number=1,
+    fault="SIGKILL of one rank in the middle of a shard",
+    holds="the checkpoint before loads bit for bit, the half one is never listed",
+    recovery_seconds=0.4,
+)
+@pytest.mark.fault(
+    number=2,
+    fault="SIGKILL of rank 0 before and after the manifest, before and after the rename, in both kinds of save",
+    holds="the old checkpoint or the new one loads, never a mixture",
+    recovery_seconds=0.4,
+)
+@pytest.mark.fault(
+    number=20,
+    fault="SIGKILL while an old checkpoint is being removed",
+    holds="what stays is whole, the half-removed one is not listed and goes with the next attempt",
+    recovery_seconds=0.4,
+)
 def test_a_kill_leaves_the_old_or_the_new_and_never_a_mixture(
     tmp_path: Path, point: str, rank: int, newest: int, asynchronous: bool
 ) -> None:
@@ -105,6 +123,12 @@ def _link_elsewhere(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [_flip_a_bit, _zero_a_page, _truncate, _fill_with_garbage, Path.unlink, _link_elsewhere]
 )
+@pytest.mark.fault(
+    number=18,
+    fault="a flipped bit, a zeroed page, a truncation, garbage, a missing file, a link, in every kind of file",
+    holds="refused by the file's name on every rank",
+    recovery_seconds=None,
+)
 def test_damage_in_any_file_is_refused_by_its_name(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     for number, name in enumerate(FILES):
         root = tmp_path / str(number)
@@ -122,6 +146,12 @@ def test_a_file_too_many_is_refused_by_its_name(tmp_path: Path) -> None:
         run_world(lambda: load(tmp_path), 2)
 
 
+@pytest.mark.fault(
+    number=18,
+    fault="shards of another step",
+    holds="refused by the file's name",
+    recovery_seconds=None,
+)
 def test_swapped_shards_and_those_of_another_step_are_refused(tmp_path: Path) -> None:
     run_world(lambda: save(tmp_path, steps=(1, 2)), 2)
     first, second = (tmp_path / f"step-0000000{step}" for step in (1, 2))
@@ -160,6 +190,12 @@ class _Payload:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.fault(
+    number=29,
+    fault="a pickle that runs code, in every file of a checkpoint, its manifest forged to match",
+    holds="no code runs, the file is refused by its name",
+    recovery_seconds=None,
+)
 def test_code_in_a_file_is_not_run(tmp_path: Path, name: str, plain: bool) -> None:
     """Even where the manifest was forged to match; plain pickle, and inside torch's own file format."""
     path = saved(tmp_path, 2)
@@ -180,6 +216,12 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, name: str, plain: bool) -> No
         assert target.exists(), "the payload would have worked"
 
 
+@pytest.mark.fault(
+    number=29,
+    fault="tensor metadata that names a file outside the checkpoint",
+    holds="refused by the name it gives",
+    recovery_seconds=None,
+)
 def test_metadata_that_points_outside_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, 1)
     metadata = pickle.loads((path / "tensors/.metadata").read_bytes())
