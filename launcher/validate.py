@@ -25,7 +25,8 @@ _VOCABULARY_MULTIPLE = 128
 _POSITIVE = (
     "model.layers", "model.hidden_size", "model.heads", "model.kv_heads", "model.head_size", "model.ffn_hidden_size",
     "model.norm_eps", "model.rope_base", "model.initial_std", "model.vocabulary_size", "model.positions",
-    "model.sliding_window", "model.moe.top_k", "model.moe.ffn_hidden_size", "model.moe.shared_ffn_hidden_size",
+    "model.sliding_window", "model.full_attention_every", "model.moe.top_k", "model.moe.ffn_hidden_size",
+    "model.moe.shared_ffn_hidden_size",
     "train.steps", "train.global_batch_size", "train.micro_batch_size", "train.sequence_length",
     "train.log_every_steps", "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context",
     "parallel.expert", "parallel.recompute.blocks", "optimizer.learning_rate", "optimizer.eps",
@@ -154,6 +155,9 @@ def _model(config: RunConfig) -> Iterator[Problem]:
     if model.position is Position.learned and config.train.sequence_length > (model.positions or math.inf):
         legal = f"at most model.positions = {model.positions}, the rows of the table of learned positions"
         yield Problem(key="train.sequence_length", got=config.train.sequence_length, legal=legal)
+    if model.full_attention_every is not None and model.sliding_window is None:
+        legal = "null without model.sliding_window: then every layer attends to the whole document"
+        yield Problem(key="model.full_attention_every", got=model.full_attention_every, legal=legal)
     if model.rope_scaling.factor < 1:
         yield Problem(key="model.rope_scaling.factor", got=model.rope_scaling.factor, legal="1 or more")
 

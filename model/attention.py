@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
@@ -120,7 +121,10 @@ class DocumentAttention(MegatronModule):
         assert pg_collection is not None
         group = pg_collection.cp
         self.context = ContextParallel(rank=group.rank(), size=group.size(), group=group)
-        self.window = config.window_size[0] + 1 if config.window_size is not None else None
+        self.window = None
+        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+            assert config.window_size is not None
+            self.window = config.window_size[0] + 1
         self.grouped = config.num_query_groups != config.num_attention_heads
 
     def forward(

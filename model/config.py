@@ -15,6 +15,7 @@ class FamilyName(StrEnum):
     mixtral = "mixtral"
     qwen2 = "qwen2"
     qwen3 = "qwen3"
+    qwen3_moe = "qwen3_moe"
 
 
 class ObjectiveName(StrEnum):
@@ -124,6 +125,9 @@ class ModelConfig:
     default train.sequence_length."""
     sliding_window: int | None = None
     """How many tokens back attention reaches, its own included (Mistral); by default to the document's start."""
+    full_attention_every: int | None = None
+    """With a sliding window: each n-th layer reaches to the document's start (2 in Gemma 2, 6 in Gemma 3); by default
+    none does."""
     attention_bias: bool = False
     """Biases in the query, key and value projections (Qwen2)."""
     linear_bias: bool = False

@@ -64,9 +64,19 @@ def parameter_count(config: ModelConfig, vocabulary_size: int, sequence_length: 
 
 def flops_per_token(config: ModelConfig, vocabulary_size: int, sequence_length: int, *, causal: bool) -> float:
     """Training FLOPs of one token: 6 for each matrix parameter that it passes, the output layer included, the input
-    embedding not; and attention over the sequence, halved where `causal` counts only the half that a causal mask
-    leaves.
+    embedding not; and attention over the sequence or a layer's window, halved where `causal` counts only the half that
+    a causal mask leaves.
     """
     matrices = _matrices(config, active=True) + config.hidden_size * vocabulary_size
-    attention = 12 * config.layers * config.heads * head_size(config) * sequence_length
+    reached = sum(_reached(config, layer, sequence_length) for layer in range(config.layers))
+    attention = 12 * config.heads * head_size(config) * reached
     return 6 * matrices + attention * (0.5 if causal else 1.0)
+
+
+def _reached(config: ModelConfig, layer: int, sequence_length: int) -> float:
+    """Twice the tokens that one attends to, its own included, on average over a sequence: all of them, for long ones;
+    with a window w, 2 w - w^2 / sequence."""
+    every, window = config.full_attention_every, config.sliding_window
+    if window is None or window >= sequence_length or (every is not None and (layer + 1) % every == 0):
+        return sequence_length
+    return 2 * window - window**2 / sequence_length

@@ -20,6 +20,7 @@ examples:
   bloomery verify my-run.yaml
   bloomery verify my-run.yaml parallel.tensor=4 --ranks 64 --json proof.json
   bloomery verify configs/quickstart.yaml --matrix tests/layouts.yaml --strict
+  bloomery verify --matrix tests/families.yaml --strict
 
 Exit codes: 0 proven, 1 a number is wrong (with --strict also: something was dropped), 2 the layout is illegal."""
 
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> int | Work:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", nargs="+", help="YAML files, merged left to right, and key=value overrides")
+    parser.add_argument("config", nargs="*", help="YAML files, merged left to right, and key=value overrides")
     parser.add_argument("--ranks", type=positive, help="prove the layout of this many ranks (default: 2 data parallel)")
     parser.add_argument("--matrix", type=Path, metavar="FILE", help="prove each layout of a YAML list of rows")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the certificate here")
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str]) -> int | Work:
     options = parser.parse_intermixed_args(list(arguments))
     if from_environment().world_size > 1:
         raise UserError("bloomery verify starts its ranks itself: call it alone, not under torchrun or srun.")
+    if options.matrix is None and not options.config:
+        raise UserError("no configuration was given: bloomery verify my-run.yaml, or --matrix with a list of layouts.")
     if options.matrix is not None and options.ranks is not None:
         raise UserError("--ranks and --matrix were both given: each row of the list says its own `ranks`.")
     if options.json is not None and not options.json.resolve().parent.is_dir():

@@ -2,8 +2,8 @@
 
     - {name: tensor-data, ranks: 4, set: {parallel.tensor: 2, model.tie_embeddings: true}}
 
-`ranks` may be left out (two data-parallel ranks, as without a list); `ci: true` marks the rows that continuous
-integration proves each time. Imports without torch.
+`ranks` may be left out (two data-parallel ranks, as without a list); `model` names a YAML file beside the list that is
+merged before `set`; `ci: true` marks the rows that continuous integration proves each time. Imports without torch.
 """
 
 import json
@@ -19,7 +19,7 @@ from launcher.config import RunConfig
 from launcher.verify.shrink import Shrunk, complete, shrink
 from parallel.common.errors import ConfigError, Problem, UserError
 
-_KEYS = ("name", "ranks", "set", "ci")
+_KEYS = ("name", "ranks", "model", "set", "ci")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +60,8 @@ def read_rows(path: Path, files: Sequence[str], overrides: Sequence[str], *, onl
         name = entry["name"]
         own = [f"{key}={json.dumps(value)}" for key, value in entry.get("set", {}).items()]
         try:
-            rows.append(row(name, files, [*overrides, *own], entry.get("ranks")))
+            model = [str(path.parent / entry["model"])] if "model" in entry else []
+            rows.append(row(name, [*files, *model], [*overrides, *own], entry.get("ranks")))
         except ConfigError as error:
             problems.extend(
                 Problem(key=f"row {name}: {each.key}", got=each.got, legal=each.legal) for each in error.problems
@@ -94,6 +95,8 @@ def _entries(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"row {entry['name']} of {path} has ranks: {ranks!r}; expected a whole number above 0.")
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             raise UserError(f"row {entry['name']} of {path} has a wrong `set`: {expected}.")
+        if not isinstance(entry.get("model", ""), str):
+            raise UserError(f"row {entry['name']} of {path} has model: {entry['model']!r}; expected a path beside it.")
         if entry["name"] in names:
             raise UserError(f"two rows of {path} are called {entry['name']}: expected a name for each.")
         names.add(entry["name"])

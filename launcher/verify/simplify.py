@@ -204,6 +204,7 @@ FEATURES: tuple[Feature, ...] = (
     _setting("attention biases", "model.attention_bias", False),
     _setting("biases", "model.linear_bias", False),
     _setting("dropout", "model.dropout", 0.0),
+    _setting("layers beyond the window", "model.full_attention_every", None),
     _setting("a sliding window", "model.sliding_window", None),
     _setting("LayerNorm", "model.norm", Norm.rms),
     _setting("another activation", "model.activation", Activation.swiglu),

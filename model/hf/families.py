@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from model.config import FamilyName, ModelConfig
@@ -26,9 +27,10 @@ FAMILIES: Mapping[FamilyName, Family] = {
     FamilyName.gpt2: Family(settings=gpt2.GPT2, pairs=gpt2.pairs, prefix="transformer."),
     FamilyName.llama: Family(settings=llama.LLAMA, pairs=llama.pairs),
     FamilyName.mistral: Family(settings=llama.MISTRAL, pairs=llama.pairs),
-    FamilyName.mixtral: Family(settings=llama.MIXTRAL, pairs=llama.pairs),
+    FamilyName.mixtral: Family(settings=llama.MIXTRAL, pairs=partial(llama.pairs, names=llama.MIXTRAL_EXPERTS)),
     FamilyName.qwen2: Family(settings=llama.QWEN2, pairs=llama.pairs),
     FamilyName.qwen3: Family(settings=llama.QWEN3, pairs=llama.pairs),
+    FamilyName.qwen3_moe: Family(settings=llama.QWEN3_MOE, pairs=llama.pairs),
 }
 
 

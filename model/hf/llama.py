@@ -1,6 +1,7 @@
-"""Llama and those that differ from it by a bias, a norm or a window: Mistral, Qwen2, Qwen3, and Mixtral's experts."""
+"""Llama and those that differ from it by a bias, a norm, a window or experts: Mistral, Mixtral, Qwen2, Qwen3."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from model.config import ModelConfig
 from model.hf.pairs import Pair, experts, gated_experts, halves, queries_keys_values, same, vocabulary
@@ -65,9 +66,44 @@ MIXTRAL = Settings(
     defaults={**_DEFAULTS, "rms_norm_eps": 1e-5},
     required=_REQUIRED,
 )
+QWEN3_MOE = replace(
+    QWEN3,
+    architecture="Qwen3MoeForCausalLM",
+    fields={
+        **_FIELDS,
+        "moe_intermediate_size": "moe.ffn_hidden_size",
+        "num_experts": "moe.experts",
+        "num_local_experts": "moe.experts",
+        "num_experts_per_tok": "moe.top_k",
+        "norm_topk_prob": "moe.normalise_top_k",
+    },
+    defaults={**_DEFAULTS, "norm_topk_prob": False, "num_experts_per_tok": 8},
+    required={**QWEN3.required, "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
+)
 
 
-def pairs(config: ModelConfig) -> Iterator[Pair]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertNames:
+    """What a family calls the parts of a layer's mixture; `{expert}` is the number of an expert."""
+
+    mixture: str
+    gate: str
+    up: str
+    down: str
+
+
+MIXTRAL_EXPERTS = ExpertNames(
+    mixture="block_sparse_moe.", gate="experts.{expert}.w1", up="experts.{expert}.w3", down="experts.{expert}.w2"
+)
+QWEN3_EXPERTS = ExpertNames(
+    mixture="mlp.",
+    gate="experts.{expert}.gate_proj",
+    up="experts.{expert}.up_proj",
+    down="experts.{expert}.down_proj",
+)
+
+
+def pairs(config: ModelConfig, *, names: ExpertNames = QWEN3_EXPERTS) -> Iterator[Pair]:
     """All tensors of a model."""
     yield vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight", config)
     for layer in range(config.layers):
@@ -76,7 +112,7 @@ def pairs(config: ModelConfig) -> Iterator[Pair]:
         yield same(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight")
         yield same(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight")
         if config.moe.experts:
-            yield from _experts(f"{ours}mlp.", f"{theirs}block_sparse_moe.", config)
+            yield from _experts(f"{ours}mlp.", theirs, config, names)
         else:
             gated = (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight")
             yield halves(f"{ours}mlp.linear_fc1.weight", gated)
@@ -96,10 +132,9 @@ def _attention(ours: str, theirs: str, config: ModelConfig) -> Iterator[Pair]:
         yield same(f"{ours}k_layernorm.weight", f"{theirs}k_norm.weight")
 
 
-def _experts(ours: str, theirs: str, config: ModelConfig) -> Iterator[Pair]:
-    expert = theirs + "experts.{expert}."
+def _experts(ours: str, theirs: str, config: ModelConfig, names: ExpertNames) -> Iterator[Pair]:
+    theirs += names.mixture
     yield same(f"{ours}router.weight", f"{theirs}gate.weight")
-    yield gated_experts(
-        f"{ours}experts.experts.linear_fc1.weight", (f"{expert}w1.weight", f"{expert}w3.weight"), config
-    )
-    yield experts(f"{ours}experts.experts.linear_fc2.weight", f"{expert}w2.weight", config)
+    gated = (f"{theirs}{names.gate}.weight", f"{theirs}{names.up}.weight")
+    yield gated_experts(f"{ours}experts.experts.linear_fc1.weight", gated, config)
+    yield experts(f"{ours}experts.experts.linear_fc2.weight", f"{theirs}{names.down}.weight", config)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from model.config import ModelConfig, RopeScalingConfig
+from model.config import ModelConfig, MoeConfig, RopeScalingConfig
 from parallel.common.errors import UserError
 
 _VOCABULARY_MULTIPLE = 128
@@ -24,6 +24,15 @@ _NO_MATTER = frozenset(
     }
 )  # fmt: skip
 """Training, generation and bookkeeping: neither shapes nor logits depend on them."""
+
+
+_UNSAID = frozenset(
+    {
+        "family", "vocabulary_size", "unpadded_vocabulary_size", "initial_std", "dropout", "positions", "moe",
+        "moe.load_balance_loss", "moe.z_loss", "moe.dispatcher",
+    }
+)  # fmt: skip
+"""Our fields that a `config.json` need not say: logits do not depend on them, or other keys hold them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,45 +135,37 @@ def write(settings: Settings, config: ModelConfig, *, model_type: str, sequence_
     Raises:
         UserError: the model has something that this family cannot say; it names it.
     """
-    plain = ModelConfig(layers=1, hidden_size=1, heads=1, ffn_hidden_size=1)
-    said = {name.split(".")[0] for name in (*settings.fields.values(), *settings.constants)}
-    beside = {
-        "family", "vocabulary_size", "unpadded_vocabulary_size", "initial_std", "dropout", "moe", "positions",
-        *(("rope_base", "rope_scaling", "position") if settings.rope else ()),
-    }  # fmt: skip
-    for name in ModelConfig.__slots__:
-        if name not in said | beside and _get(config, name) != _get(plain, name):
-            raise UserError(f"a {model_type} has no model.{name} = {_get(config, name)}: export it as another family")
+    _check_said(settings, config, model_type)
+    written: dict[str, Any] = {"architectures": [settings.architecture], "model_type": model_type}
+    written |= {key: legal[0] for key, legal in settings.required.items()}
+    spelt_out = {  # what ours may leave open
+        "kv_heads": config.kv_heads or config.heads,
+        "head_size": config.head_size or config.hidden_size // config.heads,
+        "positions": config.positions or sequence_length,
+        "vocabulary_size": config.unpadded_vocabulary_size or config.vocabulary_size,
+        "moe.ffn_hidden_size": config.moe.ffn_hidden_size or config.ffn_hidden_size,
+    }
+    for key, name in settings.fields.items():
+        written[key] = spelt_out[name] if name in spelt_out else _get(config, name)
+    if settings.rope:
+        written["rope_parameters"] = {"rope_theta": config.rope_base, **_written_scaling(config.rope_scaling)}
+    return written
+
+
+def _check_said(settings: Settings, config: ModelConfig, model_type: str) -> None:
+    """Refuses a model of which this family's `config.json` would say less than it is."""
     for name, value in settings.constants.items():
         if _get(config, name) != value:
             raise UserError(f"a {model_type} has model.{name} = {value}, and this model {_get(config, name)}")
     if config.moe.experts and "moe.experts" not in settings.fields.values():
-        raise UserError(f"a {model_type} has no experts: export it as a mixtral")
-    if config.moe.shared_ffn_hidden_size or (config.moe.experts and config.moe.first_layer):
-        raise UserError(f"a {model_type} has no shared experts and no layers without experts")
-    written: dict[str, Any] = {"architectures": [settings.architecture], "model_type": model_type}
-    written |= {key: legal[0] for key, legal in settings.required.items()}
-    for key, name in settings.fields.items():
-        written[key] = _get(config, name)
-    return written | _written_defaults(settings, config, sequence_length)
-
-
-def _written_defaults(settings: Settings, config: ModelConfig, sequence_length: int) -> dict[str, Any]:
-    """What ours leaves open and theirs spells out."""
-    spelt: dict[str, Any] = {}
-    by_field = {name: key for key, name in settings.fields.items()}
-    for name, value in (
-        ("kv_heads", config.kv_heads or config.heads),
-        ("head_size", config.head_size or config.hidden_size // config.heads),
-        ("positions", config.positions or sequence_length),
-        ("vocabulary_size", config.unpadded_vocabulary_size or config.vocabulary_size),
-        ("moe.ffn_hidden_size", config.moe.ffn_hidden_size or config.ffn_hidden_size),
-    ):
-        if name in by_field:
-            spelt[by_field[name]] = value
-    if settings.rope:
-        spelt["rope_parameters"] = {"rope_theta": config.rope_base, **_written_scaling(config.rope_scaling)}
-    return spelt
+        raise UserError(f"a {model_type} has no experts: export it as one that has, such as mixtral")
+    plain = ModelConfig(layers=1, hidden_size=1, heads=1, ffn_hidden_size=1)
+    names = [*ModelConfig.__slots__, *(f"moe.{name}" for name in MoeConfig.__slots__ if config.moe.experts)]
+    for name in sorted({*names} - {*settings.fields.values(), *settings.constants, *_UNSAID}):
+        if name.startswith("rope") and settings.rope:
+            continue
+        if _get(config, name) != _get(plain, name):
+            raise UserError(f"a {model_type} has no model.{name} = {_get(config, name)}: export it as another family")
 
 
 def _written_scaling(scaling: RopeScalingConfig) -> dict[str, Any]:

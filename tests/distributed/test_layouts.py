@@ -1,4 +1,5 @@
-"""The rows of tests/layouts.yaml that are proven each time; `bloomery verify --matrix` proves all of them."""
+"""The rows of tests/layouts.yaml and tests/families.yaml that are proven each time; `bloomery verify --matrix` proves
+all of them."""
 
 from pathlib import Path
 
@@ -10,7 +11,10 @@ from launcher.verify.proof import proofs
 pytestmark = [pytest.mark.distributed, pytest.mark.truth]
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = read_rows(ROOT / "tests" / "layouts.yaml", [str(ROOT / "configs" / "quickstart.yaml")], [], only_ci=True)
+ROWS = [
+    *read_rows(ROOT / "tests" / "layouts.yaml", [str(ROOT / "configs" / "quickstart.yaml")], [], only_ci=True),
+    *read_rows(ROOT / "tests" / "families.yaml", [], [], only_ci=True),
+]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

@@ -158,11 +158,13 @@ def test_copies_that_differ_are_found() -> None:
         ("a: 1", "holds no rows"),
         ("[]", "holds no rows"),
         ("- {ranks: 2}", "row 1 of .* has no name"),
-        ("- {name: x, rank: 2}", "has 'rank': expected name, ranks, set, ci"),
+        ("- {name: x, rank: 2}", "has 'rank': expected name, ranks, model, set, ci"),
         ("- {name: x, ranks: 0}", "expected a whole number above 0"),
         ("- {name: x}\n- {name: x}", "two rows .* are called x"),
         ("- {name: x, set: [1]}", "has a wrong `set`"),
         ("- {name: x, set: {parallel.tenser: 2}}", "row x of .*did you mean 'tensor'"),
+        ("- {name: x, model: 7}", "row x of .* has model: 7; expected a path beside it"),
+        ("- {name: x, model: absent.yaml}", "row x of .*absent.yaml"),
         ("- {name: x", "cannot be read"),
     ],
 )
@@ -183,6 +185,16 @@ def test_the_problems_of_all_rows_are_told_at_once(tmp_path: Path) -> None:
     assert "row odd: parallel.tensor is 3" in told
     assert "row deep: parallel.zero_stage is 3" in told
     assert "row fine" not in told
+
+
+def test_a_row_may_name_its_model(tmp_path: Path) -> None:
+    (tmp_path / "wide.yaml").write_text(
+        "model: {layers: 4, hidden_size: 64, heads: 4, ffn_hidden_size: 96, sliding_window: 8, full_attention_every: 3}"
+    )
+    (tmp_path / "rows.yaml").write_text("- {name: x, model: wide.yaml, set: {model.heads: 2}}\n")
+    (found,) = read_rows(tmp_path / "rows.yaml", [], [])
+    assert (found.config.model.hidden_size, found.config.model.heads) == (64, 2)
+    assert found.proofs[0].config.model.full_attention_every == 2, "both kinds of layers, of two"
 
 
 def test_ranks_are_the_smallest_with_two_slices_unless_given() -> None:

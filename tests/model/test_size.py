@@ -52,3 +52,14 @@ def test_flops_by_hand() -> None:
     matrices = 2 * (4 * 8 * 8 + 3 * 8 * 16) + 8 * 128
     assert flops_per_token(config, 128, 10, causal=False) == 6 * matrices + 2 * 12 * 8 * 10
     assert flops_per_token(config, 128, 10, causal=True) == 6 * matrices + 2 * 6 * 8 * 10
+
+
+def test_a_window_costs_what_its_band_holds() -> None:
+    """Over 1000 tokens with a window of 100: 100 for each token, but for the first 100, which see half as many."""
+    config = ModelConfig(layers=4, hidden_size=8, heads=2, ffn_hidden_size=16, sliding_window=100)
+    without = flops_per_token(config, 128, 0, causal=True)
+    band = (100 * 1000 - 100 * 100 / 2) / 1000
+    assert flops_per_token(config, 128, 1000, causal=True) - without == 4 * 12 * 8 * band
+    alternating = replace(config, full_attention_every=2)
+    assert flops_per_token(alternating, 128, 1000, causal=True) - without == 2 * 12 * 8 * (band + 500)
+    assert flops_per_token(config, 128, 50, causal=True) - without == 4 * 6 * 8 * 50

@@ -55,6 +55,27 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("Qwen2", {**_SIZES, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {**_SIZES, "head_dim": 16}),
     "mixtral": ("Mixtral", {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            **_SIZES,
+            "head_dim": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3-moe-not-normalised": (
+        "Qwen3Moe",
+        {
+            **_SIZES,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "tie_word_embeddings": True,
+        },
+    ),
     "gpt2": ("GPT2", _GPT2),
 }
 TOKENS = torch.randint(0, 250, (3, SEQUENCE), generator=torch.Generator().manual_seed(0))

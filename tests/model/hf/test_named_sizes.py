@@ -12,11 +12,24 @@ from model.hf.families import FAMILIES, config_json
 from model.size import parameter_count
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "model"
-PUBLISHED = {
+PUBLISHED = {  # rows of the vocabulary, parameters; GPT-3's are published rounded (125M, 350M ... 175B), ours are exact
     "gpt2-124m": (50257, 124_439_808),
     "gpt2-355m": (50257, 354_823_168),
     "gpt2-774m": (50257, 774_030_080),
     "gpt2-1.5b": (50257, 1_557_611_200),
+    "gpt3-125m": (50257, 125_226_240),
+    "gpt3-350m": (50257, 355_871_744),
+    "gpt3-760m": (50257, 760_300_032),
+    "gpt3-1.3b": (50257, 1_315_723_264),
+    "gpt3-2.7b": (50257, 2_651_553_280),
+    "gpt3-6.7b": (50257, 6_658_404_352),
+    "gpt3-13b": (50257, 12_853_386_240),
+    "gpt3-175b": (50257, 174_604_259_328),
+    "llama-10m": (8192, 10_059_840),
+    "llama-50m": (32000, 50_801_152),
+    "llama2-7b": (32000, 6_738_415_616),
+    "llama2-13b": (32000, 13_015_864_320),
+    "llama2-70b": (32000, 68_976_648_192),
     "llama-1b": (128256, 1_235_814_400),
     "llama-3b": (128256, 3_212_749_824),
     "llama-8b": (128256, 8_030_261_248),
@@ -32,6 +45,9 @@ PUBLISHED = {
     "qwen3-4b": (151936, 4_022_468_096),
     "qwen3-8b": (151936, 8_190_735_360),
     "qwen3-32b": (151936, 32_762_123_264),
+    "qwen3-moe-35m": (8192, 34_605_888),
+    "qwen3-30b-a3b": (151936, 30_532_122_624),
+    "qwen3-235b-a22b": (151936, 235_093_634_560),
 }
 
 
@@ -53,6 +69,7 @@ def test_count_and_shapes(name: str) -> None:
         pair for pair in FAMILIES[one.family].pairs(one) if "mlp.experts" not in pair.ours and "router" not in pair.ours
     ]
     joined = sum(pair.join([theirs[part] for part in pair.theirs]).numel() for pair in pairs)
-    mixture = one.moe.experts * (3 * one.ffn_hidden_size + 1) * one.hidden_size  # in memory theirs are fused
+    inner = one.moe.ffn_hidden_size or one.ffn_hidden_size
+    mixture = one.moe.experts * (3 * inner + 1) * one.hidden_size  # in memory theirs are fused
     assert joined + mixture == parameter_count(one, rows, 1024)
     assert sum(tensor.numel() for tensor in reference.parameters()) == parameter_count(one, rows, 1024)
