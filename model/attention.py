@@ -21,12 +21,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from model.config import RopeScalingConfig
+from model.config import ModelConfig, RopeScalingConfig
 from model.layer_context import LayerContext, Pieces
 from parallel.context import ContextParallel
 
@@ -116,15 +115,14 @@ class DocumentAttention(MegatronModule):
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        description: ModelConfig,
     ) -> None:
         super().__init__(config=config)
         assert pg_collection is not None
         group = pg_collection.cp
         self.context = ContextParallel(rank=group.rank(), size=group.size(), group=group)
-        self.window = None
-        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
-            assert config.window_size is not None
-            self.window = config.window_size[0] + 1
+        self.window = description.window(layer_number - 1)
         self.grouped = config.num_query_groups != config.num_attention_heads
 
     def forward(

@@ -46,8 +46,6 @@ def transformer_config(config: ModelConfig, *, dtype: torch.dtype, topology: Top
         add_qkv_bias=config.attention_bias,
         qk_layernorm=config.qk_norm,
         hidden_dropout=config.dropout,
-        window_size=(config.sliding_window - 1, 0) if config.sliding_window else None,
-        window_attn_skip_freq=config.full_attention_every,
         attention_dropout=0.0,
         num_moe_experts=moe.experts or None,
         moe_router_topk=moe.top_k,

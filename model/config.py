@@ -150,3 +150,8 @@ class ModelConfig:
     """Rows of an imported embedding; those behind only fill up to a multiple of 128, and an export leaves them out."""
     initial_std: float = 0.02
     """Standard deviation of initial weights; projections back into the residual stream get it / sqrt(2 x layers)."""
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens back the attention of a layer, counted from 0, reaches; None: to the document's start."""
+        every = self.full_attention_every
+        return None if every is not None and (layer + 1) % every == 0 else self.sliding_window

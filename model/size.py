@@ -76,7 +76,7 @@ def flops_per_token(config: ModelConfig, vocabulary_size: int, sequence_length: 
 def _reached(config: ModelConfig, layer: int, sequence_length: int) -> float:
     """Twice the tokens that one attends to, its own included, on average over a sequence: all of them, for long ones;
     with a window w, 2 w - w^2 / sequence."""
-    every, window = config.full_attention_every, config.sliding_window
-    if window is None or window >= sequence_length or (every is not None and (layer + 1) % every == 0):
+    window = config.window(layer)
+    if window is None or window >= sequence_length:
         return sequence_length
     return 2 * window - window**2 / sequence_length

@@ -119,7 +119,7 @@ def _block(config: ModelConfig, mlp: Any) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=DocumentAttention,  # pyright: ignore[reportArgumentType]
+                    core_attention=partial(DocumentAttention, description=config),  # pyright: ignore[reportArgumentType]
                     linear_proj=RowParallelLinear,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
