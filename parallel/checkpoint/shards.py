@@ -9,6 +9,7 @@ metadata classes and nothing else, and must then describe only tensors in files 
 themselves are read by `torch.load` in its weights-only mode.
 """
 
+import io
 import math
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +27,7 @@ import xxhash
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.dist_checkpointing.strategies.torch import mcore_to_pyt_state_dict
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, WriteItem
@@ -35,8 +37,11 @@ from torch.futures import Future
 from parallel.checkpoint.manifest import DamagedCheckpoint, FileRecord
 from parallel.common.errors import UserError
 from parallel.common.faults import fault_point
+from parallel.common.files import start_flush
 
 METADATA = ".metadata"
+_FLUSH_BYTES = 1 << 25
+"""Written between two hints to the disk."""
 
 _METADATA_CLASSES = {
     (module.__name__, name)
@@ -59,16 +64,21 @@ _METADATA_CLASSES = {
 
 
 class _HashingFile:
-    """A file open for writing that hashes what is written to it, front to back."""
+    """A file open for writing that hashes what is written to it, front to back, and has the disk keep up."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+        self._bytes = self._flushed = 0
         self.digest = xxhash.xxh3_128()
         self.tell, self.fileno, self.flush, self.close = file.tell, file.fileno, file.flush, file.close
 
     def write(self, content: bytes | memoryview) -> int:
         self.digest.update(content)
         written = self._file.write(content)
+        self._bytes += written
+        if self._bytes - self._flushed >= _FLUSH_BYTES:
+            start_flush(self._file.fileno(), self._flushed, self._bytes - self._flushed)
+            self._flushed = self._bytes
         fault_point("checkpoint.shard_half_written")
         return written
 
@@ -126,11 +136,27 @@ class Writer(dcp.FileSystemWriter):
 
 
 class SavePlanner(dcp.DefaultSavePlanner):
-    """DCP's planner, without empty shards."""
+    """DCP's planner, without empty shards and without a copy of what is a part of a larger memory."""
 
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()
         return replace(plan, items=[item for item in plan.items if _elements(item)])
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        data = super().resolve_data(write_item)
+        return alone(data.detach()) if isinstance(data, Tensor) else data
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor with a storage of its own size, which `torch.save` needs not to write more.
+
+    What ZeRO shards are pieces of flat buffers; DCP clones those, and the clones lie in `torch.save`'s cyclic garbage:
+    up to the whole checkpoint once more.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return tensor
+    flat = torch.from_numpy(tensor.view(-1).view(torch.uint8).numpy())
+    return flat.view(tensor.dtype).view(tensor.shape)
 
 
 def _elements(item: WriteItem) -> int:
