@@ -9,9 +9,10 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -123,8 +124,12 @@ class Started:
         return self.output.read_text()
 
 
-def start(*arguments: str | Path, ranks: int = 1) -> Started:
-    """Forks the ranks of `bloomery ARGUMENTS`, as torchrun would start them; `wait` for them, whatever happens."""
+def start(*arguments: str | Path, ranks: int = 1, faults: Mapping[int, str] = MappingProxyType({})) -> Started:
+    """Forks the ranks of `bloomery ARGUMENTS`, as torchrun would start them; `wait` for them, whatever happens.
+
+    Args:
+        faults: by rank, the point at which it kills itself (`parallel.common.faults`).
+    """
     output = Path(tempfile.mkstemp(prefix="bloomery-test-")[1])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -133,6 +138,8 @@ def start(*arguments: str | Path, ranks: int = 1) -> Started:
     processes = []
     for rank in range(ranks):
         names = {**found, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        if rank in faults:
+            names["BLOOMERY_FAULT"] = faults[rank]
         processes.append(_fork(list(map(str, arguments)), names, output))
     return Started(processes=processes, output=output)
 

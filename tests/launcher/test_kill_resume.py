@@ -1,0 +1,18 @@
+"""A dozen rounds of `benchmarks/kill_resume.py`: killed anywhere, a run ends with the bits of an undisturbed one."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kill_resume import POINTS, kill_runs
+
+pytestmark = pytest.mark.distributed
+
+
+def test_a_run_killed_again_and_again_is_the_same_run(tmp_path: Path) -> None:
+    found = kill_runs(tmp_path, rounds=12, cases=("zero2-asynchronous",), seed=4)
+    assert found.wrong == []
+    assert found.rounds == 12
+    assert found.runs >= 2
+    assert sum(any(point in name for name in found.kills) for point in POINTS) >= 4, "at most points of a save"
+    assert sum(count for step, count in found.resumed_from.items() if step) >= 4, "from a checkpoint"
