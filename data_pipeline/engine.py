@@ -26,12 +26,9 @@ from typing import Any
 from data_pipeline.config import Engine
 from data_pipeline.document import Mapper, map_in_order, workers
 from parallel.common.errors import UserError
+from parallel.common.lazy import Lazy
 
-try:
-    import ray
-except ImportError:  # Without it all work is done on this machine.
-    ray = None
-
+ray = Lazy("ray")
 logger = logging.getLogger(__name__)
 
 _PORT = 6399
@@ -51,7 +48,7 @@ def open_engine(engine: Engine) -> Iterator[Mapper]:
     if engine is Engine.native:
         yield map_in_order
         return
-    if ray is None:
+    if not ray.is_installed:
         raise UserError("data.engine=ray needs Ray: install it with `pip install bloomery[ray]`, or set it to native")
     with ExitStack() as stack:
         address = os.environ.get("RAY_ADDRESS") or stack.enter_context(_slurm_cluster())
@@ -86,8 +83,8 @@ class _RayMapper:
         self._ahead = max(2, cores * _AHEAD)
 
     def __call__[Item, Result](self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        task: Any = ray.remote(num_cpus=1, max_retries=2, scheduling_strategy="SPREAD")(_call)  # type: ignore[union-attr]
-        shared = ray.put(function)  # type: ignore[union-attr]
+        task: Any = ray.remote(num_cpus=1, max_retries=2, scheduling_strategy="SPREAD")(_call)
+        shared = ray.put(function)
         pending: deque[Any] = deque()
         try:
             for item in items:
@@ -98,7 +95,7 @@ class _RayMapper:
                 yield _result(pending.popleft())
         finally:
             for left in pending:
-                ray.cancel(left, force=True)  # type: ignore[union-attr]
+                ray.cancel(left, force=True)
 
 
 def _call(function: Callable[[Any], Any], item: Any) -> Any:
@@ -108,8 +105,8 @@ def _call(function: Callable[[Any], Any], item: Any) -> Any:
 def _result(reference: Any) -> Any:
     """What a task returned; what it said about the user's data is said as if it had happened here."""
     try:
-        return ray.get(reference)  # type: ignore[union-attr]
-    except ray.exceptions.RayTaskError as error:  # type: ignore[union-attr]
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from error
         raise

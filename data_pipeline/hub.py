@@ -4,38 +4,38 @@ Contract: the rows of one split in their order, streaming and never shuffled, as
 and id is decoded; no code of a dataset is ever run. What `datasets` found for the split stands for it as its files: of
 a directory with sizes and times, of the Hub with the revision in their paths, so that a build notices any change.
 
-Trade-off: importing `datasets` costs 0.7 s of processor time. Only `bloomery data` imports this module.
+`datasets` is imported when the first such source is met.
 """
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import datasets
 import pyarrow as pa
-from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME
-from datasets.exceptions import DatasetsError
 
 from data_pipeline.config import SourceConfig, SourceFormat
 from data_pipeline.readers import read_rows, require_text
 from data_pipeline.reading import Reading
 from data_pipeline.sources import InputFile, SourceFiles
 from parallel.common.errors import UserError
+from parallel.common.lazy import Lazy
+
+datasets = Lazy("datasets")
 
 _ROWS = 256
 """Rows of a table; all columns of so many are in memory."""
-_SAVED = (DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME)
+_SAVED = ("state.json", "dataset_dict.json")
 """Files that only `save_to_disk` writes."""
-_FAILURES = (DatasetsError, OSError, ValueError, RuntimeError, ImportError, pa.ArrowException)
-"""What `datasets` raises about data, names and the network."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Split:
     """An open split."""
 
-    rows: datasets.Dataset | datasets.IterableDataset
+    rows: Any
+    """A Dataset, or an IterableDataset."""
     paths: tuple[str, ...]
     """Its files, or what else tells its revision."""
 
@@ -68,6 +68,13 @@ def read_dataset(source: SourceFiles, reading: Reading) -> Iterator[tuple[str, s
     _refuse_change(source, split)
 
 
+def _failures() -> tuple[type[Exception], ...]:
+    """What `datasets` raises about data, names and the network."""
+    return (
+        datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, ImportError, pa.ArrowException,
+    )  # fmt: skip
+
+
 def _open(config: SourceConfig) -> _Split:
     datasets.disable_progress_bars()
     path = os.path.expanduser(config.paths[0])
@@ -79,7 +86,7 @@ def _open(config: SourceConfig) -> _Split:
         if any(os.path.isfile(os.path.join(path, name)) for name in _SAVED):
             return _open_saved(path, config)
         return _open_streaming(path, config)
-    except _FAILURES as error:
+    except _failures() as error:
         raise UserError(f"data source {config.name}: {_why(path, config, error)}") from error
 
 
@@ -125,7 +132,7 @@ def _why(path: str, config: SourceConfig, error: Exception) -> str:
     if isinstance(error, ValueError):
         try:
             subsets = datasets.get_dataset_config_names(path)
-        except _FAILURES:
+        except _failures():
             subsets = []
         if subsets and (config.subset or "default") not in subsets:
             what = "several subsets" if config.subset is None else f"no subset {config.subset!r}"
@@ -169,7 +176,7 @@ def _tables(split: _Split, config: SourceConfig) -> Iterator[pa.Table]:
     while True:
         try:
             table = next(tables, None)
-        except _FAILURES as error:
+        except _failures() as error:
             raise UserError(
                 f"data source {config.name}: the split {config.split} of {config.paths[0]} cannot be read to its end: "
                 f"{_said(error)}"

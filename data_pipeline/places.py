@@ -13,10 +13,13 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-import fsspec
 import pyarrow as pa
-from huggingface_hub import HfFileSystem
 from pyarrow import fs
+
+from parallel.common.lazy import Lazy
+
+fsspec = Lazy("fsspec.core")
+huggingface_hub = Lazy("huggingface_hub")
 
 _CHUNK_BYTES = 4 << 20
 _CONNECT_SECONDS, _REQUEST_SECONDS = 20, 120
@@ -102,10 +105,10 @@ def _resolve(url: str) -> tuple[fs.FileSystem, str]:
     if scheme == "s3":
         return _s3(bucket, os.environ.get("AWS_ENDPOINT_URL"), os.environ.get("AWS_REGION")), name
     if scheme == "hf":
-        return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem())), name
+        return fs.PyFileSystem(fs.FSSpecHandler(huggingface_hub.HfFileSystem())), name
     if scheme in ("gs", "gcs"):
         return fs.FileSystem.from_uri(f"gs://{name}")
-    system, name = fsspec.core.url_to_fs(url)
+    system, name = fsspec.url_to_fs(url)
     return fs.PyFileSystem(fs.FSSpecHandler(system)), name
 
 

@@ -13,13 +13,12 @@ from data_pipeline.places import open_stream
 from data_pipeline.reading import Reading
 from data_pipeline.sources import InputFile
 from parallel.common.errors import UserError
+from parallel.common.lazy import Lazy
 
-try:
-    import trafilatura
-    from warcio.archiveiterator import ArchiveIterator
-    from warcio.exceptions import ArchiveLoadFailed
-except ImportError:  # Web archives are refused; nothing else needs these.
-    trafilatura = None
+# Without them web archives are refused; nothing else needs these.
+trafilatura = Lazy("trafilatura")
+archives = Lazy("warcio.archiveiterator")
+failures = Lazy("warcio.exceptions")
 
 # It would say of every empty page that it is one; they are counted.
 logging.getLogger("trafilatura").setLevel(logging.CRITICAL)
@@ -35,19 +34,19 @@ def read_warc(file: InputFile, reading: Reading) -> Iterator[tuple[str, str]]:
         UserError: the extra is not installed, or the file is no web archive.
         OSError: it is cut off.
     """
-    if trafilatura is None:
+    if not trafilatura.is_installed:
         raise UserError(f"{file.path} is a web archive: install what reads it with `pip install bloomery[warc]`")
     with open_stream(file.path, file.compression) as stream:
         number = 0
         try:
-            for number, record in enumerate(ArchiveIterator(stream), start=1):  # type: ignore[reportPossiblyUnboundVariable]
+            for number, record in enumerate(archives.ArchiveIterator(stream), start=1):
                 found = _text(record, reading)
                 if found is not None:
                     name = (
                         record.rec_headers.get_header("WARC-Record-ID") or f"{reading.config.name}/{file.name}:{number}"
                     )
                     yield name.strip("<>"), found
-        except ArchiveLoadFailed as error:  # type: ignore[reportPossiblyUnboundVariable]
+        except failures.ArchiveLoadFailed as error:
             raise UserError(f"{file.path} is no web archive from its record {number + 1} on: {error}") from error
 
 
@@ -61,7 +60,7 @@ def _text(record: Any, reading: Reading) -> str | None:
     if kind not in _HTML or record.http_headers.get_statuscode() != "200":
         return None
     html = _content(record)
-    text = trafilatura.extract(html, include_comments=False)  # type: ignore[reportOptionalMemberAccess]
+    text = trafilatura.extract(html, include_comments=False)
     if not text:
         reading.drop(NO_PAGE_TEXT, record.rec_headers.get_header("WARC-Target-URI") or "", html)
         return None

@@ -91,7 +91,15 @@ def test_imports_stand_at_the_top_of_files() -> None:
         for path, tree in TREES.items()
         if any(name in ("importlib", "importlib.import_module") for name in _imported(tree))
     ]
-    assert by_name in ([], ["launcher/cli.py"]), "only launcher/cli.py imports by importlib"
+    assert by_name == ["launcher/cli.py", "parallel/common/lazy.py"], "verbs and slow libraries are imported by name"
+    ours = [
+        f"{_name(path)}:{node.lineno}"
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Lazy"
+        if not isinstance(node.args[0], ast.Constant) or str(node.args[0].value).split(".")[0] in ROOMS
+    ]
+    assert not ours, "Lazy is for libraries, by a plain name: " + ", ".join(ours)
 
 
 def test_no_hidden_state() -> None:

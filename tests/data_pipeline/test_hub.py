@@ -1,8 +1,9 @@
 """Hugging Face datasets as sources: the rows of a split in order, what is dropped, what is refused, what is noticed."""
 
-import ast
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -209,24 +210,15 @@ def test_fields_that_mean_nothing_are_refused() -> None:
     assert not {"split", "subset"} & set(settings_of(plain)["read"][0])
 
 
-def test_only_data_build_imports_datasets() -> None:
-    """Every module that the verbs but `data` import, read from the syntax."""
-    wanted = [
-        path
-        for room in ("launcher", "model", "parallel")
-        for path in (ROOT / room).rglob("*.py")
-        if path not in (ROOT / "launcher/data.py", ROOT / "launcher/verbs/data_alone.py")
-    ]
-    seen: set[Path] = set()
-    while wanted:
-        path = wanted.pop()
-        if path in seen:
-            continue
-        seen.add(path)
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
-            assert "datasets" not in {name.split(".")[0] for name in names}, path
-            wanted += [file for name in names if (file := ROOT / f"{name.replace('.', '/')}.py").is_file()]
-    assert ROOT / "data_pipeline/loader.py" in seen
+def test_nothing_is_imported_that_is_not_used(tmp_path: Path) -> None:
+    """jsonl in, jsonl out: none of the libraries that cost more than the work."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a text that is long enough"}) + "\n")
+    command = f"""
+import sys
+from launcher.data import main
+main(["dedup", {str(tmp_path / "a.jsonl")!r}, "--output", {str(tmp_path / "out")!r}])
+print(*{{"datasets", "ray", "trafilatura", "warcio", "huggingface_hub", "torch"}} & sys.modules.keys())
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == ""
