@@ -17,7 +17,7 @@ from parallel.checkpoint.manifest import STATE, Manifest
 from parallel.checkpoint.stream import StoredTensors
 from parallel.common.files import write_json
 from parallel.common.units import format_bytes, format_count
-from parallel.optimizer import Kind
+from parallel.updater import Kind
 
 _SHOWN = 20
 """Rows of a table of differences; `--json` has all of them."""
@@ -92,7 +92,7 @@ def _show_description(path: Path, found: Mapping[str, Any]) -> None:
     }
     for name, text in lines.items():
         print(f"{name:<12}{text}")
-    kinds = [kind for kind in Kind if any(name.startswith(f"{kind}.") for name in found["tensors"])]
+    kinds = list(dict.fromkeys(kind for row in _by_parameter(found["tensors"]).values() for kind in row))
     rows = [
         (name, "x".join(map(str, next(iter(row.values()))["shape"])) or "-", *(_norm(row.get(kind)) for kind in kinds))
         for name, row in _by_parameter(found["tensors"]).items()
@@ -102,13 +102,16 @@ def _show_description(path: Path, found: Mapping[str, Any]) -> None:
     print_table(heads, rows, text=("parameter", "shape"))
 
 
-def _by_parameter(tensors: Mapping[str, Any]) -> dict[str, dict[Kind, Any]]:
-    """{parameter: {kind: facts}}; a tensor of no kind stands under its whole name."""
-    rows: dict[str, dict[Kind, Any]] = {}
-    for name, facts in tensors.items():
+def _by_parameter(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{parameter: {kind: facts}}, the weight first; a tensor of no parameter stands under its whole name."""
+    parameters = {name.partition(".")[2] for name in tensors if name.startswith(f"{Kind.weight}.")}
+    rows: dict[str, dict[str, Any]] = {parameter: {} for parameter in sorted(parameters)}
+    for name, facts in sorted(tensors.items(), key=lambda item: not item[0].startswith(f"{Kind.weight}.")):
         kind, _, parameter = name.partition(".")
-        known = kind in list(Kind)
-        rows.setdefault(parameter if known else name, {})[Kind(kind) if known else Kind.weight] = facts
+        if parameter in parameters:
+            rows[parameter][kind] = facts
+        else:
+            rows[name] = {Kind.weight.value: facts}
     return rows
 
 

@@ -19,7 +19,7 @@ def layout_problems(config: RunConfig, ranks: int) -> Iterator[Problem]:
     yield from _depth(config)
     yield from _sequence(config)
     yield from _experts(config, ranks)
-    yield from refusals(config.parallel, experts=config.model.moe.experts)
+    yield from refusals(config.parallel, experts=config.model.moe.experts, optimizer=config.optimizer.name)
     yield from _batches(config, ranks)
 
 

@@ -12,6 +12,7 @@ from launcher.assemble import Parts
 from launcher.config import RunConfig
 from launcher.places import find_step
 from parallel.checkpoint.agreement import agreed, exchange
+from parallel.checkpoint.manifest import Manifest
 from parallel.common.errors import UserError
 from parallel.config import LoadParts
 
@@ -33,6 +34,9 @@ def begin(parts: Parts, config: RunConfig) -> Path | None:
     origin = _found(config.checkpoint.load)
     everything = config.checkpoint.load_parts is LoadParts.everything
     wanted = parts.participants if everything else {"model": parts.participants["model"]}
+    if everything:
+        with agreed(f"load the checkpoint {origin}"):
+            _check_optimizer(origin, config.optimizer.name)
     parts.checkpoints.load(origin, wanted)
     if parts.progress.done:
         raise UserError(
@@ -40,6 +44,16 @@ def begin(parts: Parts, config: RunConfig) -> Path | None:
             "(train.steps), or take the weights alone (checkpoint.load_parts=weights)."
         )
     return origin
+
+
+def _check_optimizer(origin: Path, name: str) -> None:
+    """Another optimizer's state is of no use to this one."""
+    before = Manifest.read(origin).config.get("optimizer", {}).get("name", "adamw")
+    if before != name:
+        raise UserError(
+            f"{origin} holds the state of the optimizer {before}, and optimizer.name is {name}: set it to {before}, or "
+            "take the weights alone (checkpoint.load_parts=weights)."
+        )
 
 
 def _found(checkpoint: str) -> Path:

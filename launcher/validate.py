@@ -12,6 +12,7 @@ from data_pipeline.config import training_problems
 from data_pipeline.store import Store
 from launcher.config import RunConfig, flatten, missing, to_dict, total_steps
 from launcher.layout_rules import divisors, layout_problems, multiples, nearest
+from launcher.optimizer_rules import optimizer_problems
 from model import families
 from model.config import Position
 from parallel.checkpoint.mirror import place
@@ -30,7 +31,8 @@ _POSITIVE = (
     "train.steps", "train.global_batch_size", "train.micro_batch_size", "train.sequence_length",
     "train.log_every_steps", "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context",
     "parallel.expert", "parallel.recompute.blocks", "optimizer.learning_rate", "optimizer.eps",
-    "optimizer.schedule.decay_steps", "checkpoint.every_steps", "checkpoint.every_seconds", "checkpoint.keep",
+    "optimizer.schedule.decay_steps", "optimizer.muon.iterations", "optimizer.adafactor.min_scale",
+    "optimizer.adafactor.clip", "checkpoint.every_steps", "checkpoint.every_seconds", "checkpoint.keep",
     "checkpoint.keep_every_steps", "evaluate.every_steps", "evaluate.batches",
 )  # fmt: skip
 _NOT_NEGATIVE = (
@@ -70,9 +72,7 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
     for key in _NOT_NEGATIVE:
         if not values[key] >= 0:
             yield Problem(key=key, got=values[key], legal="0 or more")
-    for value in config.optimizer.betas:
-        if not 0 <= value < 1:
-            yield Problem(key="optimizer.betas", got=list(config.optimizer.betas), legal="numbers from 0 to below 1")
+    yield from optimizer_problems(config)
     if config.parallel.zero_stage not in range(4):
         yield Problem(key="parallel.zero_stage", got=config.parallel.zero_stage, legal="0, 1, 2 or 3")
     for name, weight in config.data.mixture.items():

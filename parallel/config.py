@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
+
+from omegaconf import MISSING
 
 
 class Precision(StrEnum):
@@ -34,6 +36,8 @@ class ScheduleName(StrEnum):
     cosine = "cosine"
     wsd = "wsd"
     """Warm-up, stable, decay: constant until the last `decay_steps`, then linear."""
+    inverse_sqrt = "inverse_sqrt"
+    """Falls with the root of the step (Vaswani et al., 2017, arXiv:1706.03762): a run of any length, no end in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,25 +82,82 @@ class ScheduleConfig:
     warmup_steps: int = 0
     """Steps of the linear warm-up."""
     min_learning_rate: float = 0.0
-    """Learning rate at the last step (not used by `constant`)."""
+    """Learning rate at the last step; of `inverse_sqrt` the lowest; not used by `constant`."""
     decay_steps: int | None = None
     """Length of the final decay of `wsd` in steps; by default a tenth of the run."""
 
 
+class MuonScale(StrEnum):
+    """How long an orthogonal update is, for a matrix of `rows` x `columns`."""
+
+    match_rms_adamw = "match_rms_adamw"
+    """0.2 x sqrt(max(rows, columns)): as long as AdamW's, so that its learning rates and decay hold (Liu et al., 2025,
+    arXiv:2502.16982)."""
+    original = "original"
+    """sqrt(max(1, rows / columns)) (Jordan et al., 2024)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MuonConfig:
+    """Muon: momentum, orthogonalised by a Newton-Schulz iteration, for the matrices inside the layers."""
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    iterations: int = 5
+    """Newton-Schulz steps."""
+    scale: MuonScale = MuonScale.match_rms_adamw
+    leave_to_adamw: list[str] = field(default_factory=lambda: ["embedding", "output_layer", "lm_head", "router"])
+    """Regular expressions of names of matrices that AdamW steps, as it does all vectors."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdafactorConfig:
+    """Adafactor (Shazeer and Stern, 2018, arXiv:1804.04235), with torch's meaning of its numbers."""
+
+    decay: float = -0.8
+    """Exponent of the step in the second moment's decay."""
+    min_scale: float = 1e-3
+    """Smallest size of a parameter that its step is relative to."""
+    clip: float = 1.0
+    """Largest root mean square of an update."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupConfig:
+    """What some parameters get instead of the rest."""
+
+    pattern: str = MISSING
+    """Regular expression that is searched in the parameter's name, as `bloomery checkpoint inspect` shows it."""
+    learning_rate_factor: float = 1.0
+    """Times the scheduled learning rate."""
+    weight_decay: float | None = None
+    """Instead of `optimizer.weight_decay`; by default that on matrices, 0 on the rest."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW with decoupled weight decay (Loshchilov and Hutter, 2019), none on norms and biases."""
+    """AdamW with decoupled weight decay (Loshchilov and Hutter, 2019), none on norms and biases, or another `name`."""
 
+    name: str = "adamw"
+    """adamw, muon, adafactor, or one that a plugin registers."""
     learning_rate: float = 3e-4
     """Peak learning rate, reached at the end of the warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the first and second moment."""
+    """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of AdamW's second moment."""
     weight_decay: float = 0.1
     """Decoupled decay per step, times the learning rate; matrices only."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    adafactor: AdafactorConfig = field(default_factory=AdafactorConfig)
+    groups: list[GroupConfig] = field(default_factory=list)
+    """Learning rate and decay of some parameters; the first pattern that fits a name counts."""
+    frozen: list[str] = field(default_factory=list)
+    """Regular expressions of names of parameters that are not trained: no gradient, no optimizer state."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What a plugin's optimizer wants to know, by names of its own."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 

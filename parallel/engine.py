@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
@@ -22,10 +23,14 @@ from torch import Tensor
 from parallel.common.stateful import Stateful
 from parallel.config import OptimizerConfig
 from parallel.fragments import Held
-from parallel.optimizer import Kind, PlainUpdater, Updater
-from parallel.parameters import LocalParameter, local_parameters
+from parallel.frozen import frozen_pieces, trained_and_frozen
+from parallel.optimizer import PlainUpdater
+from parallel.parameters import local_parameters
+from parallel.rules import RULES
 from parallel.schedules import Schedule
 from parallel.topology import Topology
+from parallel.updater import Kind, Updater
+from parallel.whole import WholeUpdater
 from parallel.zero import ZeroUpdater
 
 Batch = Mapping[str, Tensor]
@@ -103,6 +108,13 @@ class _Stage(torch.nn.Module):
         return self._run(batch)
 
 
+def _updater(optimizer: OptimizerConfig, topology: Topology) -> Callable[..., Updater]:
+    """What takes the steps; `parallel.mechanism` says why."""
+    if not RULES[optimizer.name].elementwise:
+        return WholeUpdater
+    return ZeroUpdater if topology.config.zero_stage else PlainUpdater
+
+
 class Engine:
     """The model of this rank, its optimizer, and the schedule that drives them."""
 
@@ -122,11 +134,11 @@ class Engine:
         self._objective = objective
         self._micro_batch_size = micro_batch_size
         several = topology.config.pipeline > 1
-        self.parameters: list[LocalParameter] = local_parameters(
-            chunks, last_stage_of_several=several and topology.is_last_pipeline_stage
+        everything = local_parameters(chunks, last_stage_of_several=several and topology.is_last_pipeline_stage)
+        self.parameters, self.frozen = trained_and_frozen(everything, optimizer)
+        self.updater: Updater = _updater(optimizer, topology)(
+            _Chunks(chunks), self.parameters, config=optimizer, topology=topology
         )
-        updater = ZeroUpdater if topology.config.zero_stage else PlainUpdater
-        self.updater: Updater = updater(_Chunks(chunks), self.parameters, config=optimizer, topology=topology)
         self._reporting = [cast(Reporting, chunk) for chunk in chunks]
         self._stages = [_Stage(chunk, index, self.updater.module) for index, chunk in enumerate(chunks)]
         self._gradient_factor = torch.ones((), dtype=torch.float64, device=topology.device)
@@ -186,10 +198,21 @@ class Engine:
     def participants(self) -> dict[str, Stateful]:
         """What a checkpoint keeps: weights, moments, steps taken."""
         return {
-            "model": Held(self.parameters, self.updater, (Kind.weight,)),
-            "optimizer": Held(self.parameters, self.updater, (Kind.first_moment, Kind.second_moment)),
+            "model": Held(self._weights, loaded=self.updater.follow),
+            "optimizer": Held(self._optimizer_state, loaded=self.updater.follow),
             "schedule": _Steps(self),
         }
+
+    def _weights(self) -> Iterator[ShardedTensor]:
+        for local in self.parameters:
+            yield from self.updater.pieces(local, Kind.weight)
+        for local in self.frozen:
+            yield from frozen_pieces(local)
+
+    def _optimizer_state(self) -> Iterator[ShardedTensor]:
+        for local in self.parameters:
+            for kind in self.updater.kinds(local):
+                yield from self.updater.pieces(local, kind)
 
     def _weight(self, batch: Batch) -> Tensor:
         """[] float64, the sum of the weights of the global batch, of which this slice is a part."""

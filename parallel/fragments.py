@@ -7,7 +7,7 @@ is copied, and the checkpoint knows global tensors alone.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -15,30 +15,24 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
-from parallel.optimizer import Kind, Updater
 from parallel.parameters import Fragment, LocalParameter
+from parallel.updater import Fragmented
 
 Place = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and shape of a rectangle."""
 
 
 class Held:
-    """A checkpoint's participant: what the optimizer holds of the given kinds."""
+    """A checkpoint's participant: parts of global tensors in this rank's memory."""
 
-    def __init__(self, parameters: Sequence[LocalParameter], updater: Updater, kinds: Sequence[Kind]) -> None:
-        self._parameters = parameters
-        self._updater = updater
-        self._kinds = kinds
+    def __init__(self, pieces: Callable[[], Iterable[ShardedTensor]], *, loaded: Callable[[], None]) -> None:
+        """`pieces` gives what this rank holds, live memory; `loaded` is called on all ranks after it was written to."""
+        self._pieces = pieces
+        self._loaded = loaded
 
     def state_dict(self) -> dict[str, ShardedTensor]:
         """The rectangles that this rank holds, by names unique on this rank; their data are the live memory."""
-        return {
-            f"{piece.key}@{','.join(map(str, piece.global_offset))}": piece
-            for kind in self._kinds
-            for local in self._parameters
-            for fragment in self._updater.fragments(local, kind)
-            for piece in _pieces(local, fragment, kind, shared=self._updater.sharers(local) is not None)
-        }
+        return {f"{piece.key}@{','.join(map(str, piece.global_offset))}": piece for piece in self._pieces()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -50,10 +44,22 @@ class Held:
             assert piece.data is not None
             if state[name].data_ptr() != piece.data.data_ptr():
                 piece.data.copy_(state[name])
-        self._updater.follow()
+        self._loaded()
 
 
-def whole_value(updater: Updater, local: LocalParameter, kind: Kind) -> Tensor:
+def pieces_of_fragments(updater: Fragmented, local: LocalParameter, kind: str) -> Iterator[ShardedTensor]:
+    """`Updater.pieces` of one that holds fragments."""
+    for fragment in updater.fragments(local, kind):
+        yield from cut(local, fragment, kind, shared=updater.sharers(local) is not None)
+
+
+def observed_fragments(updater: Fragmented, local: LocalParameter, kind: str) -> list[tuple[ShardedTensor, Tensor]]:
+    """`Updater.observed` of one that holds fragments."""
+    whole = whole_value(updater, local, kind)
+    return [(shard.description, shard.of(whole)) for shard in local.shards]
+
+
+def whole_value(updater: Fragmented, local: LocalParameter, kind: str) -> Tensor:
     """What the optimizer holds of a whole local parameter, to the bit; every rank that shares it calls this."""
     fragments = updater.fragments(local, kind)
     group = updater.sharers(local)
@@ -68,7 +74,7 @@ def whole_value(updater: Updater, local: LocalParameter, kind: Kind) -> Tensor:
     return value.view(local.shape)
 
 
-def _pieces(local: LocalParameter, fragment: Fragment, kind: Kind, *, shared: bool) -> Iterator[ShardedTensor]:
+def cut(local: LocalParameter, fragment: Fragment, kind: str, *, shared: bool) -> Iterator[ShardedTensor]:
     """The rectangles of global tensors that a fragment covers, in memory's order."""
     for shard in local.shards:
         described = shard.description
@@ -82,7 +88,7 @@ def _pieces(local: LocalParameter, fragment: Fragment, kind: Kind, *, shared: bo
             inner = zip(described.global_offset[prepended:], offset, strict=True)
             yield replace(
                 described,
-                key=f"{kind.value}.{described.key}",
+                key=f"{kind}.{described.key}",
                 data=data,
                 dtype=data.dtype,
                 local_shape=shape,

@@ -10,6 +10,7 @@ from enum import StrEnum
 
 from parallel.common.errors import Problem
 from parallel.config import ParallelConfig
+from parallel.rules import RULES
 
 
 class Reduction(StrEnum):
@@ -33,19 +34,34 @@ class Mechanism:
     reduction: Reduction
     reason: str
     """Why it is so, one sentence."""
+    whole_parameters: bool = False
+    """Whether each parameter is stepped whole, by one rank (`parallel.whole`)."""
 
 
 _SHARDED = {0: (), 1: ("masters", "moments"), 2: ("masters", "moments", "gradients")}
 _SHARDED[3] = (*_SHARDED[2], "weights")
 
 
-def mechanism(layout: ParallelConfig, *, tied: bool) -> Mechanism:
+def mechanism(layout: ParallelConfig, *, tied: bool, optimizer: str = "adamw") -> Mechanism:
     """What runs in this layout, if it is a legal one.
 
     Args:
         layout: the parallel degrees and the ZeRO stage.
         tied: whether input and output embedding are one weight.
+        optimizer: `optimizer.name`.
     """
+    rule = RULES[optimizer]
+    if not rule.elementwise:
+        shared = layout.zero_stage > 0
+        who = "the rank that owns it" if shared else "every data-parallel rank"
+        return Mechanism(
+            stage=min(layout.zero_stage, 1),
+            runs=f"{rule.title} on whole parameters",
+            sharded=_SHARDED[1] if shared else (),
+            reduction=Reduction.at_the_end,
+            reason=f"{rule.title} looks at whole matrices, so {who} gets all of a parameter's gradient and steps it",
+            whole_parameters=True,
+        )
     if layout.zero_stage == 0:
         return Mechanism(
             stage=0,
@@ -75,9 +91,19 @@ def mechanism(layout: ParallelConfig, *, tied: bool) -> Mechanism:
     )
 
 
-def refusals(layout: ParallelConfig, *, experts: int) -> Iterator[Problem]:
+def refusals(layout: ParallelConfig, *, experts: int, optimizer: str = "adamw") -> Iterator[Problem]:
     """What cannot work, each with the reason and the nearest layout that does."""
     stage = layout.zero_stage
+    if not RULES[optimizer].elementwise:
+        title = RULES[optimizer].title
+        if stage > 1:
+            because = f"stage {stage} cuts parameters anywhere, {title} needs them whole"
+            legal = f"0 or 1 with optimizer.name={optimizer}: {because}"
+            yield Problem(key="parallel.zero_stage", got=stage, legal=legal)
+        if layout.offload:
+            legal = f"false with optimizer.name={optimizer}: only ZeRO's AdamW steps on the host"
+            yield Problem(key="parallel.offload", got=True, legal=legal)
+        return
     if stage == 3 and layout.pipeline > 1:
         legal = "at most 2 with a pipeline: stage 3 would gather weights out of order and hang"
         yield Problem(key="parallel.zero_stage", got=3, legal=legal)

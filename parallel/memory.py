@@ -1,7 +1,8 @@
 """Bytes that a rank holds of weights and optimizer, as arithmetic on its parameters.
 
 It stands beside what `Updater.held` counts over live tensors, kind by kind, and is tested to be equal to it, padding
-included: ZeRO-1 and 2 cut each flat group of parameters into equal parts, ZeRO-3 each parameter. Activations are not in
+included: ZeRO-1 and 2 cut each flat group of parameters into equal parts, ZeRO-3 each parameter; an optimizer of whole
+parameters deals them out to owners. Activations are not in
 here, nor is what a step takes besides while it runs: at ZeRO-1 and 2 once more the gradients of this rank's part, in
 fp32. Imports without torch.
 """
@@ -25,9 +26,15 @@ class Size:
     """One parameter of a rank, as far as memory goes; a rank's sizes stand in the order of its parameters."""
 
     elements: int
-    is_matrix: bool
-    """Matrices decay and others do not, so that ZeRO keeps them apart."""
+    group: str
+    """What is stepped alike (matrices decay and others do not, for one) is what ZeRO flattens together."""
     is_expert: bool
+    is_frozen: bool = False
+    """Whether it has a weight and nothing else."""
+    whole_elements: int = 0
+    """Before tensor ranks cut it."""
+    state_elements: int = 0
+    """Elements of what the optimizer keeps of the whole of it beside the master."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +48,9 @@ class Sharing:
     rank: int | None = None
     """Which of the first; by default the one that holds most."""
     expert_rank: int | None = None
+    tensor_ranks: int = 1
+    """Those that hold the parts of one matrix."""
+    tensor_rank: int | None = None
 
 
 def bucket_elements(elements: int) -> int:
@@ -56,11 +66,52 @@ def predicted(
     sizes: Sequence[Size], *, mechanism: Mechanism, width: int, sharing: Sharing, offload: bool
 ) -> dict[str, int]:
     """Bytes by kind between two micro-batches, those on the host under `host_` names; `width` bytes a weight."""
-    if mechanism.stage == 0:
-        return _whole(sizes, width)
-    if mechanism.stage == 3:
-        return _parts_of_each(sizes, width, sharing, offload)
-    return _parts_of_groups(sizes, mechanism, width, sharing, offload)
+    trained = [size for size in sizes if not size.is_frozen]
+    if mechanism.whole_parameters:
+        found = _owned(trained, mechanism, width, sharing)
+    elif mechanism.stage == 0:
+        found = _whole(trained, width)
+    elif mechanism.stage == 3:
+        found = _parts_of_each(trained, width, sharing, offload)
+    else:
+        found = _parts_of_groups(trained, mechanism, width, sharing, offload)
+    for size in sizes:
+        if size.is_frozen:
+            ranks = sharing.ranks if mechanism.stage == 3 else 1
+            found["weights"] += width * math.ceil(size.elements / ranks)
+    return found
+
+
+def owners(elements: Sequence[int], ranks: int) -> list[int]:
+    """Who steps each of some parameters, of so many elements: the largest first, to whoever has least."""
+    found, load = [0] * len(elements), [0] * ranks
+    for number in sorted(range(len(elements)), key=lambda number: (-elements[number], number)):
+        found[number] = min(range(ranks), key=lambda rank: (load[rank], rank))
+        load[found[number]] += elements[number]
+    return found
+
+
+def _owned(sizes: Sequence[Size], mechanism: Mechanism, width: int, sharing: Sharing) -> dict[str, int]:
+    """Masters and state of the parameters that a rank owns; weights and gradients of all."""
+    total = sum(size.elements for size in sizes)
+    masters, moments = (_of_the_fullest(sizes, mechanism, sharing, state=state) for state in (False, True))
+    return _kinds(weights=width * total, masters=4 * masters, moments=4 * moments, gradients=4 * total)
+
+
+def _of_the_fullest(sizes: Sequence[Size], mechanism: Mechanism, sharing: Sharing, *, state: bool) -> int:
+    total = 0
+    for is_expert in (False, True):
+        members = [size for size in sizes if size.is_expert == is_expert]
+        data = (sharing.expert_ranks if is_expert else sharing.ranks) if mechanism.stage else 1
+        held = [0] * (data * sharing.tensor_ranks)
+        for size, owner in zip(members, owners([size.whole_elements for size in members], len(held)), strict=True):
+            held[owner] += size.state_elements if state else size.whole_elements
+        rank = sharing.expert_rank if is_expert else sharing.rank
+        if rank is None or sharing.tensor_rank is None:
+            total += max(held)
+        else:
+            total += held[(rank if mechanism.stage else 0) * sharing.tensor_ranks + sharing.tensor_rank]
+    return total
 
 
 def _whole(sizes: Sequence[Size], width: int) -> dict[str, int]:
@@ -121,11 +172,11 @@ class _Group:
 
 
 def _groups(sizes: Sequence[Size], sharing: Sharing) -> Iterator[_Group]:
-    kinds = sorted({(size.is_expert, size.is_matrix) for size in sizes})
-    for is_expert, is_matrix in kinds:
+    kinds = sorted({(size.is_expert, size.group) for size in sizes})
+    for is_expert, group in kinds:
         ranks = sharing.expert_ranks if is_expert else sharing.ranks
         rank = sharing.expert_rank if is_expert else sharing.rank
-        members = [size.elements for size in sizes if (size.is_expert, size.is_matrix) == (is_expert, is_matrix)]
+        members = [size.elements for size in sizes if (size.is_expert, size.group) == (is_expert, group)]
         unit = 2 * ranks
         padded = math.ceil(sum(members) / unit) * unit
         touched = _touched(members, padded // ranks, ranks)

@@ -52,6 +52,22 @@ class LocalParameter:
     tied: bool
     """Whether first and last pipeline stage hold copies of it, whose gradients are to be added."""
 
+    @property
+    def name(self) -> str:
+        """The global name; the experts of a layer share one."""
+        return self.shards[0].description.key if self.shards else ""
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has rows and columns."""
+        return len(self.shape) > 1
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape before tensor ranks cut it; of an expert, of that one."""
+        described = self.shards[0].description
+        return tuple(described.global_shape[described.prepend_axis_num :])
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fragment:

@@ -1,7 +1,8 @@
 """The learning rate as a function of the step.
 
 Contract: `learning_rate(step)` is for the step-th update, counted from 1. Warm-up is linear from zero and reaches the
-peak at `warmup_steps`; the shape after it ends at `min_learning_rate` on the last step.
+peak at `warmup_steps`; the shape after it ends at `min_learning_rate` on the last step. An inverse square root knows no
+last step: it is the peak times sqrt(warmup_steps / step), no lower than `min_learning_rate`.
 """
 
 import math
@@ -27,6 +28,8 @@ class Schedule:
         remaining = self._remaining_share(step)
         if shape.name is ScheduleName.constant:
             return peak
+        if shape.name is ScheduleName.inverse_sqrt:
+            return max(lowest, peak * math.sqrt(max(1, shape.warmup_steps) / step))
         if shape.name is ScheduleName.cosine:
             return lowest + (peak - lowest) * 0.5 * (1 - math.cos(math.pi * remaining))
         return lowest + (peak - lowest) * remaining

@@ -20,7 +20,7 @@ schedules; what is done about it, each point held by the proofs of tests/layouts
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -37,17 +37,20 @@ from deepspeed.utils import (
     logger,
     safe_get_full_grad,
 )
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from parallel.config import OptimizerConfig
+from parallel.fragments import observed_fragments, pieces_of_fragments
 from parallel.held import Tensors, held
 from parallel.loss_scale import LossScale
 from parallel.mechanism import Mechanism, Reduction, mechanism
 from parallel.memory import bucket_elements
-from parallel.optimizer import EXPERTS, MOMENTS, Kind, adamw, add_squares, create_state, reduce_tied, set_steps
+from parallel.optimizer import adamw, create_state, set_learning_rate, set_steps
 from parallel.parameters import Fragment, LocalParameter
 from parallel.topology import Topology
+from parallel.updater import EXPERTS, MOMENTS, Kind, add_squares, reduce_tied
 
 
 class _ModelParallelUnit:
@@ -235,8 +238,7 @@ class ZeroUpdater:
         return self._boundary_at_the_end() if self._in_backward else nullcontext()
 
     def step(self, learning_rate: float) -> Tensor:
-        for group in self._zero.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._zero.optimizer, learning_rate)
         if self.loss_scale.dynamic or self.mechanism.stage == 3:
             self._zero.override_loss_scale(self._kept_scale())
         self._engine.step()
@@ -265,8 +267,17 @@ class ZeroUpdater:
         assert gradient is not None
         return gradient.view(local.shape) / self._kept_scale()
 
-    def fragments(self, local: LocalParameter, kind: Kind) -> list[Fragment]:
-        key = None if kind is Kind.weight else kind.value
+    def kinds(self, local: LocalParameter) -> tuple[str, ...]:
+        return MOMENTS
+
+    def pieces(self, local: LocalParameter, kind: str) -> Iterable[ShardedTensor]:
+        return pieces_of_fragments(self, local, kind)
+
+    def observed(self, local: LocalParameter, kind: str) -> list[tuple[ShardedTensor, Tensor]]:
+        return observed_fragments(self, local, kind)
+
+    def fragments(self, local: LocalParameter, kind: str) -> list[Fragment]:
+        key = None if kind == Kind.weight else str(kind)
         if self.mechanism.stage == 3:
             value, _ = self._zero._get_fp32_opt_state_partition(
                 local.parameter, release_swap_buffers=True, optim_state_key=key
@@ -297,23 +308,28 @@ class ZeroUpdater:
     def held(self) -> dict[str, int]:
         return held(self.live(), self.topology.device)
 
+    def _weights(self) -> Iterator[torch.nn.Parameter]:
+        module: Any = self._engine.module
+        return module.parameters()
+
     def live(self) -> Tensors:
         zero = self._zero
-        parameters = [local.parameter for local in self.parameters]
+        parameters = list(self._weights())
         tensors: dict[str, list[Tensor | None]] = {
             "moments": [value for state in zero.optimizer.state.values() for value in map(state.get, MOMENTS)],
             "gradients": [parameter.grad for parameter in parameters],
             "buffers": [],
         }
         if self.mechanism.stage == 3:
-            tensors["weights"] = [zero.lp_param_buffer, *(parameter.data for parameter in parameters)]
+            frozen = [getattr(parameter, "ds_tensor", None) for parameter in parameters if not parameter.requires_grad]
+            tensors["weights"] = [zero.lp_param_buffer, *frozen, *(parameter.data for parameter in parameters)]
             tensors["masters"] = zero.fp32_partitioned_groups_flat
             tensors["gradients"] += [zero.grad_partitions_flat_buffer]
             tensors["buffers"] += [bucket.buffer for bucket in zero.ipg_buckets.values()]
         else:
             tensors["weights"] = [*zero.bit16_groups_flat, *(parameter.data for parameter in parameters)]
             tensors["masters"] = zero.single_partition_of_fp32_groups
-            tensors["gradients"] += [parameter.grad_accum for parameter in parameters]  # type: ignore[attr-defined]
+            tensors["gradients"] += [getattr(parameter, "grad_accum", None) for parameter in parameters]
             for groups in (zero.averaged_gradients, zero.all_grad_tensors):
                 tensors["gradients"] += [tensor for group in groups.values() for tensor in group or ()]
             tensors["buffers"] += [tensor for bucket in zero.ipg_buckets.values() for tensor in bucket.buffer]

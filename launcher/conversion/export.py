@@ -31,7 +31,7 @@ from parallel.checkpoint.stream import StoredTensors
 from parallel.common.errors import UserError
 from parallel.common.files import write_json
 from parallel.common.units import format_bytes
-from parallel.optimizer import Kind
+from parallel.updater import Kind
 
 WEIGHT = f"{Kind.weight.value}."
 """Begins the names of weights in a checkpoint."""

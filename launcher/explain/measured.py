@@ -56,14 +56,16 @@ def _bytes(case: Case) -> Bytes:
     engine = engine_of(case)
     topology, layout = engine.topology, case.config.parallel
     computed = predicted(
-        sizes(engine.parameters),
-        mechanism=mechanism(layout, tied=case.config.model.tie_embeddings),
+        sizes([*engine.parameters, *engine.frozen], case.config.optimizer),
+        mechanism=mechanism(layout, tied=case.config.model.tie_embeddings, optimizer=case.config.optimizer.name),
         width=engine.parameters[0].parameter.dtype.itemsize,
         sharing=Sharing(
             ranks=topology.data_parallel_group.size(),
             rank=topology.data_parallel_group.rank(),
             expert_ranks=topology.expert_data_parallel_group.size(),
             expert_rank=topology.expert_data_parallel_group.rank(),
+            tensor_ranks=layout.tensor,
+            tensor_rank=topology.tensor_rank,
         ),
         offload=layout.offload,
     )

@@ -57,8 +57,10 @@ def rows(config: RunConfig, ranks: int, *, vocabulary_size: int) -> Iterator[Row
                 yield Row(layout=candidate, yours=yours, mechanism=None, refused=str(problem), bytes={})
                 continue
             if sizes is None:
-                sizes = stage_sizes(config.model, candidate, vocabulary_size=vocabulary_size)
-            how = mechanism(candidate, tied=config.model.tie_embeddings)
+                sizes = stage_sizes(
+                    config.model, candidate, vocabulary_size=vocabulary_size, optimizer=config.optimizer
+                )
+            how = mechanism(candidate, tied=config.model.tie_embeddings, optimizer=config.optimizer.name)
             held = {precision: _fullest(sizes, how, width, candidate, ranks) for precision, width in WIDTHS.items()}
             yield Row(layout=candidate, yours=yours, mechanism=how, refused=None, bytes=held)
 
@@ -74,6 +76,6 @@ def _pipelines(layout: ParallelConfig) -> Iterator[ParallelConfig]:
 
 def _fullest(sizes: list[list[Size]], how: Mechanism, width: int, layout: ParallelConfig, ranks: int) -> dict[str, int]:
     shared = ranks // (layout.tensor * layout.pipeline)
-    sharing = Sharing(ranks=shared, expert_ranks=shared // layout.expert)
+    sharing = Sharing(ranks=shared, expert_ranks=shared // layout.expert, tensor_ranks=layout.tensor)
     stages = [predicted(stage, mechanism=how, width=width, sharing=sharing, offload=layout.offload) for stage in sizes]
     return max(stages, key=lambda held: sum(held.values()))

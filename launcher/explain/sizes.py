@@ -4,6 +4,7 @@ The model is built as `bloomery train` builds it, on torch's meta device, in a p
 a 70 B model in eight stages takes two seconds. So no formula has to know what a layer consists of.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,33 +14,47 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from model.build import build
 from model.config import ModelConfig
-from parallel.config import ParallelConfig
+from parallel.config import OptimizerConfig, ParallelConfig
 from parallel.memory import Size
 from parallel.parameters import LocalParameter, local_parameters
+from parallel.rules import RULES, is_frozen, setting
 from parallel.topology import Topology
 
 _META = torch.device("meta")
 
 
-def stage_sizes(model: ModelConfig, layout: ParallelConfig, *, vocabulary_size: int) -> list[list[Size]]:
+def stage_sizes(
+    model: ModelConfig, layout: ParallelConfig, *, vocabulary_size: int, optimizer: OptimizerConfig
+) -> list[list[Size]]:
     """The parameters of one rank of each pipeline stage; `data` ranks do not matter, so there are as few as can be."""
     model_ranks = layout.tensor * layout.pipeline * layout.context
     ranks = next(
         model_ranks * data for data in range(1, layout.expert + 1) if data * layout.context % layout.expert == 0
     )
     first_ranks = range(0, ranks, ranks // layout.pipeline)
-    return [_sizes_on(rank, ranks, model, layout, vocabulary_size) for rank in first_ranks]
+    return [_sizes_on(rank, ranks, model, layout, vocabulary_size, optimizer) for rank in first_ranks]
 
 
-def sizes(parameters: Sequence[LocalParameter]) -> list[Size]:
+def sizes(parameters: Sequence[LocalParameter], optimizer: OptimizerConfig) -> list[Size]:
     """What memory depends on."""
-    return [
-        Size(elements=local.shape.numel(), is_matrix=len(local.shape) > 1, is_expert=local.expert)
-        for local in parameters
-    ]
+    return [_size(local, optimizer) for local in parameters]
 
 
-def _sizes_on(rank: int, ranks: int, model: ModelConfig, layout: ParallelConfig, vocabulary_size: int) -> list[Size]:
+def _size(local: LocalParameter, optimizer: OptimizerConfig) -> Size:
+    states = RULES[optimizer.name].states(local.name, local.whole_shape, optimizer)
+    return Size(
+        elements=local.shape.numel(),
+        group=f"{local.is_matrix} {setting(local.name, is_matrix=local.is_matrix, config=optimizer)}",
+        is_expert=local.expert,
+        is_frozen=is_frozen(local.name, optimizer),
+        whole_elements=math.prod(local.whole_shape),
+        state_elements=sum(map(math.prod, states.values())),
+    )
+
+
+def _sizes_on(
+    rank: int, ranks: int, model: ModelConfig, layout: ParallelConfig, vocabulary_size: int, optimizer: OptimizerConfig
+) -> list[Size]:
     with _imagined(rank, ranks), _META:
         chunks = build(
             model,
@@ -49,7 +64,7 @@ def _sizes_on(rank: int, ranks: int, model: ModelConfig, layout: ParallelConfig,
             topology=Topology.create(layout, device=_META),
             seed=0,
         )
-        return sizes(local_parameters(chunks, last_stage_of_several=False))
+        return sizes(local_parameters(chunks, last_stage_of_several=False), optimizer)
 
 
 @contextmanager

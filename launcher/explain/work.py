@@ -36,7 +36,7 @@ def work(job: ExplainJob) -> int:
 def explain(job: ExplainJob) -> Explanation:
     """Everything about the job's layout."""
     config, ranks = job.config, job.ranks
-    sizes = stage_sizes(config.model, config.parallel, vocabulary_size=job.vocabulary_size)
+    sizes = stage_sizes(config.model, config.parallel, vocabulary_size=job.vocabulary_size, optimizer=config.optimizer)
     found = Explanation(
         layout=in_words(config.parallel, ranks),
         ranks=ranks,

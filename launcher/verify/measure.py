@@ -21,10 +21,9 @@ from launcher.config import RunConfig
 from launcher.objective import objective_of
 from launcher.verify.batches import Traits, slice_of, synthetic_batch
 from parallel.engine import Engine
-from parallel.fragments import whole_value
-from parallel.optimizer import Kind
 from parallel.parameters import LocalParameter
 from parallel.topology import Topology
+from parallel.updater import Kind
 
 Shards = list[tuple[Any, np.ndarray]]
 """megatron-core's descriptions of shards (global name, shape, offset), each with its values in float64."""
@@ -57,7 +56,7 @@ class Found:
     """Global gradient norms before clipping."""
     gradients: list[Shards]
     """Of each step, reduced, before clipping."""
-    state: dict[Kind, Shards]
+    state: dict[str, Shards]
     """After the last step."""
     held: dict[str, int]
     """Bytes that the rank holds before the last update, by kind (parallel.held)."""
@@ -102,7 +101,7 @@ def found(case: Case, *, steps: int, led_by: Sequence[Mapping[str, np.ndarray]] 
         result = engine.step(batch_of(case, step, engine.topology))
         losses.append(float(result.loss))
         norms.append(float(result.grad_norm))
-    state = {kind: _shards(engine, lambda local, kind=kind: whole_value(engine.updater, local, kind)) for kind in Kind}
+    state = _state(engine)
     return Found(
         place=_place(engine.topology),
         evaluated=evaluated,
@@ -112,6 +111,16 @@ def found(case: Case, *, steps: int, led_by: Sequence[Mapping[str, np.ndarray]] 
         state=state,
         held=held,
     )
+
+
+def _state(engine: Engine) -> dict[str, Shards]:
+    """What the optimizer holds by kind, as far as this rank knows; all ranks call this together."""
+    state: dict[str, Shards] = {}
+    for local in engine.parameters:
+        for kind in (Kind.weight.value, *engine.updater.kinds(local)):
+            seen = engine.updater.observed(local, kind)
+            state.setdefault(kind, []).extend((described, value.double().numpy().copy()) for described, value in seen)
+    return state
 
 
 def _place(topology: Topology) -> dict[str, int]:

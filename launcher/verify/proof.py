@@ -23,7 +23,8 @@ from launcher.verify.measure import Case, Found, found
 from launcher.verify.shrink import STEPS, Shrunk
 from launcher.verify.world import RankDied, WorldTimeout, run_world
 from parallel.config import ParallelConfig, Precision
-from parallel.optimizer import Kind
+from parallel.rules import FIRST_MOMENT, SECOND_MOMENT
+from parallel.updater import Kind
 
 _LIMITS = {torch.float64: 1e-11, torch.float32: 2e-6}
 _HALVES = {Precision.auto: torch.bfloat16, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
@@ -33,7 +34,8 @@ _HALF_LOSS, _HALF_NORM = 1e-3, 1e-2
 """Relative errors of a loss and of a norm that bf16 and fp16 may have in any case."""
 _MASTERS_LIMIT = 2e-6
 """Masters and moments are float32 in bf16 and fp16 training; fed the same gradients, they are as exact."""
-_KINDS = {Kind.weight: "weights", Kind.first_moment: "first moments", Kind.second_moment: "second moments"}
+_KINDS = {Kind.weight.value: "weights", FIRST_MOMENT: "first moments", SECOND_MOMENT: "second moments"}
+"""What people call the kinds; others are called by their own names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,11 +175,12 @@ class _Side:
 
     ranks: Sequence[Found]
     gradients: Sequence[Whole]
-    state: Mapping[Kind, Whole]
+    state: Mapping[str, Whole]
 
     @classmethod
     def of(cls, ranks: Sequence[Found], gradients: Sequence[Whole]) -> "_Side":
-        state = {kind: whole([rank.state[kind] for rank in ranks]) for kind in Kind}
+        kinds = dict.fromkeys(kind for rank in ranks for kind in rank.state)
+        state = {kind: whole([rank.state.get(kind, []) for rank in ranks]) for kind in kinds}
         return cls(ranks=ranks, gradients=gradients, state=state)
 
     def numbers(self, what: str) -> list[list[float]]:
@@ -250,7 +253,8 @@ def _worst_gradient(ours: _Side, reference: _Side) -> tuple[float, str]:
 def _stepped(ours: _Side, reference: _Side, limit: float) -> list[Check]:
     """Weights and moments after the last step, both sides fed the same gradients."""
     checks = []
-    for kind, what in _KINDS.items():
+    for kind in reference.state:
+        what = _KINDS.get(kind, kind)
         found = errors(ours.state[kind].tensors, reference.state[kind].tensors)
         name = max(found, key=lambda each: found[each])
         checks.append(Check(what=what, compared=len(found), worst=name, error=found[name], limit=limit))

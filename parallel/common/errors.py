@@ -34,3 +34,7 @@ class ConfigError(UserError, ValueError):
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[tuple[Problem, ...]]]:
+        """An exception is copied from its message, which is not what this one is made of."""
+        return type(self), (self.problems,)

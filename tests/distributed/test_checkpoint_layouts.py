@@ -45,6 +45,8 @@ EXPERTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2-zero2": (2, {"zero_stage": 2}),
     "tp2-sp-ep2": (4, {"tensor": 2, "expert": 2}),
 }
+WHOLE = {name: DENSE[name] for name in ("one-rank-zero0", "dp2-zero1", "pp2-vpp2", "tp2-sp-pp2")}
+"""Layouts of optimizers that step whole parameters, whose owners are other ranks in each."""
 LIMIT_SECONDS = 180
 """A world takes one second; on a machine with eight times as much to do as it can, a minute was not enough."""
 
@@ -68,6 +70,20 @@ def _experts(name: str) -> Case:
     case = _of_twelve(tiny(ranks, **layout))
     moe = MoeConfig(experts=4, ffn_hidden_size=32, shared_ffn_hidden_size=16)
     return replace(case, config=replace(case.config, model=replace(case.config.model, moe=moe)))
+
+
+def _stepped_by(optimizer: str) -> Callable[[str], Case]:
+    def make(name: str) -> Case:
+        case = _dense(name)
+        return replace(
+            case,
+            config=replace(case.config, optimizer=replace(case.config.optimizer, name=optimizer, frozen=["layers.1"])),
+        )
+
+    return make
+
+
+_muon, _adafactor = _stepped_by("muon"), _stepped_by("adafactor")
 
 
 def _of_twelve(case: Case) -> Case:
@@ -138,7 +154,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path,
     ("make", "names", "name"),
     [
         pytest.param(make, list(layouts), name, id=f"{kind}-{name}")
-        for kind, make, layouts in (("fp32", _dense, DENSE), ("bf16", _rounded, ROUNDED), ("moe", _experts, EXPERTS))
+        for kind, make, layouts in (
+            ("fp32", _dense, DENSE),
+            ("bf16", _rounded, ROUNDED),
+            ("moe", _experts, EXPERTS),
+            ("muon", _muon, WHOLE),
+            ("adafactor", _adafactor, WHOLE),
+        )
         for name in layouts
     ],
 )

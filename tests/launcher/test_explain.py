@@ -83,12 +83,13 @@ def with_model(case: Case, **changes: Any) -> Case:
 
 def of_the_engine(case: Case) -> tuple[int, list[Size]]:
     engine = engine_of(case)
-    return engine.topology.pipeline_rank, sizes(engine.parameters)
+    return engine.topology.pipeline_rank, sizes(engine.parameters, case.config.optimizer)
 
 
 def without_memory(case: Case) -> list[list[Size]]:
     dist.destroy_process_group()
-    return stage_sizes(case.config.model, case.config.parallel, vocabulary_size=VOCABULARY)
+    config = case.config
+    return stage_sizes(config.model, config.parallel, vocabulary_size=VOCABULARY, optimizer=config.optimizer)
 
 
 @pytest.mark.truth

@@ -124,6 +124,7 @@ def test_a_checkpoint_that_was_asked_for_and_cannot_be_had_ends_the_attempt(
         ([f"checkpoint.load={finished / 'run'}"], "is after step 12, and the run has 12: give it more steps"),
         ([f"checkpoint.load={finished / 'run'}", "model.hidden_size=64"], "has the shape"),
         ([f"checkpoint.load={finished / 'run'}", "model.layers=3"], "does not fit the configured model"),
+        ([f"checkpoint.load={finished / 'run'}@4", "optimizer.name=muon"], "holds the state of the optimizer adamw"),
         ([f"checkpoint.load={finished / 'run'}@4", "data.mixture={code: 1}"], "data.mixture changed"),
     ):
         codes, said = run("train", config, *asked)

@@ -47,6 +47,8 @@ def problems(*overrides: str, ranks: int = 1, store: Store | None = None) -> dic
         (("parallel.offload=true", "parallel.zero_stage=3"), 2),
         (("precision=fp16",), 1),
         (("model.position=learned", "model.head_size=7", "model.positions=32"), 1),
+        (("optimizer.name=muon", "parallel.tensor=2", "parallel.zero_stage=0"), 4),
+        (("optimizer={groups: [{pattern: norm, weight_decay: 0.1}], frozen: [embedding], name: adafactor}",), 1),
     ],
 )
 def test_sound_configurations_pass(overrides: tuple[str, ...], ranks: int) -> None:
@@ -57,6 +59,13 @@ def test_sound_configurations_pass(overrides: tuple[str, ...], ranks: int) -> No
     ("overrides", "ranks", "key", "legal"),
     [
         (("model.hidden_size=60",), 1, "model.hidden_size", "a multiple of model.heads = 8, such as 56"),
+        (("optimizer.name=moun",), 1, "optimizer.name", "muon, if that was meant"),
+        (("optimizer.name=shampoo",), 1, "optimizer.name", "adamw, muon, adafactor, or one that a plugin registers"),
+        (("optimizer.frozen=['layers.(']",), 1, "optimizer.frozen", "a regular expression: missing )"),
+        (("optimizer.options={rho: 1}",), 1, "optimizer.options", "empty with optimizer.name=adamw"),
+        (("optimizer.muon.momentum=1",), 1, "optimizer.muon.momentum", "from 0 to below 1"),
+        (("optimizer.name=muon", "parallel.zero_stage=2"), 2, "parallel.zero_stage", "0 or 1 with optimizer.name=muon"),
+        (("optimizer.name=muon", "parallel.offload=true"), 2, "parallel.offload", "false with optimizer.name=muon"),
         (("model.head_size=7",), 1, "model.head_size", "an even number"),
         (("model.kv_heads=3",), 1, "model.kv_heads", "a divisor of model.heads = 8, such as 2"),
         (("model.vocabulary_size=1000",), 1, "model.vocabulary_size", "a multiple of 128, such as 1024"),

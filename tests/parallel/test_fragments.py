@@ -14,7 +14,7 @@ from launcher.verify.compare import whole
 from launcher.verify.measure import batch_of, engine_of
 from launcher.verify.world import run_world
 from parallel.fragments import rectangles, whole_value
-from parallel.optimizer import Kind
+from parallel.updater import Kind
 from tests.distributed.layouts import tiny
 
 

@@ -19,9 +19,10 @@ from parallel.config import OptimizerConfig, ParallelConfig
 from parallel.engine import Engine
 from parallel.fragments import whole_value
 from parallel.held import storages
-from parallel.optimizer import Kind, PlainUpdater, Updater
+from parallel.optimizer import PlainUpdater
 from parallel.parameters import LocalParameter
 from parallel.topology import Topology
+from parallel.updater import Kind, Updater
 from parallel.zero import ZeroUpdater
 from tests.distributed.layouts import tiny
 

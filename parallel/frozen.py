@@ -1,0 +1,50 @@
+"""Parameters that are not trained: no gradient, no master, no optimizer state; weights alone, in the model's precision.
+
+They are in every checkpoint and export like all others, so that a run may freeze and unfreeze between two runs.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from parallel.checkpoint.agreement import exchange
+from parallel.common.errors import ConfigError, Problem
+from parallel.config import OptimizerConfig
+from parallel.fragments import cut
+from parallel.parameters import Fragment, LocalParameter
+from parallel.rules import check_patterns, is_frozen
+from parallel.updater import Kind
+
+
+def trained_and_frozen(
+    parameters: Sequence[LocalParameter], config: OptimizerConfig
+) -> tuple[list[LocalParameter], list[LocalParameter]]:
+    """This rank's parameters in two; the second ask for no gradient from now on. Every rank calls this.
+
+    Raises:
+        ConfigError: on all ranks; a pattern of `optimizer.frozen` or `optimizer.groups` is found in no name, or a
+            pipeline stage has nothing left to train.
+    """
+    frozen = [local for local in parameters if is_frozen(local.name, config)]
+    trained = [local for local in parameters if not is_frozen(local.name, config)]
+    if config.frozen or config.groups:
+        everywhere = exchange(([local.name for local in parameters], bool(trained)))
+        check_patterns(sorted({name for names, _ in everywhere for name in names}), config)
+        if not all(trains for _, trains in everywhere):
+            legal = "patterns that leave every pipeline stage something to train: gradients pass through them all"
+            raise ConfigError([Problem(key="optimizer.frozen", got=list(config.frozen), legal=legal)])
+    for local in frozen:
+        local.parameter.requires_grad_(False)
+    return trained, frozen
+
+
+def frozen_pieces(local: LocalParameter) -> Iterator[ShardedTensor]:
+    """What this rank holds of a frozen parameter: ZeRO-3 has cut it, nothing else has."""
+    part = getattr(local.parameter, "ds_tensor", None)
+    if part is None:
+        yield from cut(local, Fragment(start=0, value=local.parameter.data.view(-1)), Kind.weight, shared=False)
+        return
+    start = part.numel() * local.parameter.ds_process_group.rank()  # type: ignore[attr-defined]
+    elements = min(part.numel(), local.shape.numel() - start)
+    if elements > 0:
+        yield from cut(local, Fragment(start=start, value=part.data[:elements]), Kind.weight, shared=True)

@@ -1,0 +1,98 @@
+"""What each optimizer is, as far as it matters before anything is built: which state it keeps of a parameter.
+
+An optimizer that treats every element by itself (AdamW) may be cut anywhere: DeepSpeed's ZeRO flattens parameters and
+shards them in every stage. One that looks at a whole matrix (Muon, Adafactor, anybody's own) may not: there each
+parameter is stepped whole, by one rank (`parallel.whole`). Memory's arithmetic, validation and checkpoints all follow
+from the one table here. Imports without torch.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from parallel.common.errors import ConfigError, Problem
+from parallel.config import OptimizerConfig
+
+Shape = tuple[int, ...]
+States = Callable[[str, Shape, OptimizerConfig], Mapping[str, Shape]]
+"""(name, whole shape, configuration) of a parameter -> the tensors that are kept of it between steps, with shapes."""
+
+FIRST_MOMENT, SECOND_MOMENT = "exp_avg", "exp_avg_sq"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """One optimizer."""
+
+    title: str
+    """What people call it."""
+    states: States
+    elementwise: bool = False
+    """Whether each element's step depends on that element alone, so that a parameter may be cut anywhere."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What a parameter's own rules make of it; parameters of equal settings are stepped together."""
+
+    learning_rate_factor: float
+    weight_decay: float
+
+
+def adamw_states(_name: str, shape: Shape, _config: OptimizerConfig) -> dict[str, Shape]:
+    """Two moments of the parameter's shape."""
+    return {FIRST_MOMENT: shape, SECOND_MOMENT: shape}
+
+
+def muon_states(name: str, shape: Shape, config: OptimizerConfig) -> dict[str, Shape]:
+    """A momentum where Muon steps, AdamW's moments elsewhere."""
+    return {"momentum_buffer": shape} if is_orthogonalised(name, shape, config) else adamw_states(name, shape, config)
+
+
+def adafactor_states(_name: str, shape: Shape, _config: OptimizerConfig) -> dict[str, Shape]:
+    """Of a matrix one number for each row and one for each column, else one for each element."""
+    if len(shape) < 2:
+        return {"variance": shape}
+    return {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
+
+
+RULES: dict[str, Rule] = {
+    "adamw": Rule(title="AdamW", states=adamw_states, elementwise=True),
+    "muon": Rule(title="Muon", states=muon_states),
+    "adafactor": Rule(title="Adafactor", states=adafactor_states),
+}
+"""By the word in `optimizer.name`; a plugin adds its own with `parallel.builders.register_optimizer`."""
+
+
+def is_orthogonalised(name: str, shape: Shape, config: OptimizerConfig) -> bool:
+    """Whether Muon steps this parameter: a matrix that no pattern of `optimizer.muon.leave_to_adamw` names."""
+    return len(shape) == 2 and not any(re.search(pattern, name) for pattern in config.muon.leave_to_adamw)
+
+
+def setting(name: str, *, is_matrix: bool, config: OptimizerConfig) -> Setting:
+    """The first of `optimizer.groups` whose pattern is found in the name; else no decay on vectors."""
+    decay = config.weight_decay if is_matrix else 0.0
+    for group in config.groups:
+        if re.search(group.pattern, name):
+            own = decay if group.weight_decay is None else group.weight_decay
+            return Setting(learning_rate_factor=group.learning_rate_factor, weight_decay=own)
+    return Setting(learning_rate_factor=1.0, weight_decay=decay)
+
+
+def is_frozen(name: str, config: OptimizerConfig) -> bool:
+    """Whether a pattern of `optimizer.frozen` is found in the name."""
+    return any(re.search(pattern, name) for pattern in config.frozen)
+
+
+def check_patterns(names: Sequence[str], config: OptimizerConfig) -> None:
+    """Refuses patterns that no parameter of the whole model answers to: a slip there would do nothing, silently.
+
+    Raises:
+        ConfigError: with every such pattern.
+    """
+    patterns = [(f"optimizer.groups.{number}.pattern", group.pattern) for number, group in enumerate(config.groups)]
+    patterns += [("optimizer.frozen", pattern) for pattern in config.frozen]
+    legal = f"a regular expression that is found in a parameter's name, such as {names[0]}" if names else ""
+    unused = [(key, found) for key, found in patterns if not any(re.search(found, name) for name in names)]
+    if unused:
+        raise ConfigError([Problem(key=key, got=found, legal=legal) for key, found in unused])
