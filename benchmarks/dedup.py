@@ -17,15 +17,15 @@ Bars, at four times 28 MB: 10 MB per CPU second and more than each peer (Daft is
 import argparse
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from measure import bloomery, measured
 
 HERE = Path(__file__).parent
 OURS = "bloomery"
@@ -39,31 +39,20 @@ LARGEST_BYTES = 1 << 30
 def command(name: str, corpus: Path, output: Path) -> list[str]:
     """What is run for a row."""
     if name == OURS:
-        return [sys.executable, "-P", "-m", "launcher", "data", "dedup", str(corpus), "--output", str(output)]
+        return bloomery("data", "dedup", corpus, "--output", output)
     return [sys.executable, str(HERE / "peers.py"), name, str(corpus), str(output)]
 
 
 def measure(name: str, corpus: Path, output: Path, facts: dict[str, int]) -> dict[str, Any]:
     """One row."""
     output.mkdir()
-    with tempfile.TemporaryFile() as said:
-        begun = time.monotonic()
-        process = subprocess.Popen(command(name, corpus, output), stdout=said, stderr=said)
-        _, status, used = os.wait4(process.pid, 0)
-        seconds = time.monotonic() - begun
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            said.seek(0)
-            raise SystemExit(f"{name} failed:\n{said.read().decode(errors='replace')}")
-    cpu = used.ru_utime + used.ru_stime
+    used, _ = measured(command(name, corpus, output))
     return {
         "name": name,
         **facts,
-        "seconds": seconds,
-        "cpu_seconds": cpu,
-        "mb_per_cpu_second": facts["text_bytes"] / cpu / 1e6,
-        "documents_per_second": facts["documents"] / seconds,
-        "peak_bytes": used.ru_maxrss * 1024,
+        **used,
+        "mb_per_cpu_second": facts["text_bytes"] / used["cpu_seconds"] / 1e6,
+        "documents_per_second": facts["documents"] / used["seconds"],
     }
 
 
@@ -110,7 +99,6 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
-    os.environ["PYTHONPATH"] = str(HERE.parent)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
