@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 from numpy.typing import NDArray
 
 BATCH_BYTES = 8 << 20
@@ -51,6 +52,18 @@ def text_buffer(texts: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     content = np.frombuffer(data if data is not None else b"", dtype=np.uint8)
     content.flags.writeable = False
     return content, borders
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """The bytes of `np.save`, which does not say what stopped it: a full disk is told from other errors by its number.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    array = np.ascontiguousarray(array)
+    with path.open("wb") as file:
+        write_array_header_1_0(file, header_data_from_array_1_0(array))
+        file.write(array.data)
 
 
 class PartWriter:

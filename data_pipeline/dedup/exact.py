@@ -15,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.dedup.removed import Removal, count_removed
-from data_pipeline.document import Group, Mapper, Parts, map_in_order, text_buffer
+from data_pipeline.document import Group, Mapper, Parts, map_in_order, save_array, text_buffer
 from data_pipeline.progress import Meter
 
 REASON = "with the text of another"
@@ -50,7 +50,7 @@ def deduplicate_exactly(
     removed, twins = _repetitions(parts, halves, np.flatnonzero(came_in))
     removal = Removal(row=removed, kept_row=twins, jaccard=np.ones(len(removed)))
     removal.write(directory)
-    np.save(directory / DIGESTS, halves, allow_pickle=False)
+    save_array(directory / DIGESTS, halves)
     return {"counts": count_removed(parts, came_in, sizes, removal, REASON)}
 
 

@@ -13,6 +13,7 @@ is why the Bloom filters, that know no transaction, need none.
 
 import json
 import math
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -169,7 +170,8 @@ class _Bloom:
         described, file = directory / "layout.json", directory / "bits.bin"
         if not described.is_file():
             with file.open("wb") as opened:
-                opened.truncate(bands * bits // 8)
+                # Taken now: on a full disk, writing to a mapped hole would end the process without a word.
+                os.posix_fallocate(opened.fileno(), 0, bands * bits // 8)
             write_json(described, layout)
         if json.loads(described.read_text()) != layout:
             raise UserError(f"{file} was laid out for another data.grow.bloom_* or number of bands: it cannot change")

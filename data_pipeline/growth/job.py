@@ -61,7 +61,7 @@ def grow(config: DataConfig) -> Store:
     if problems:
         raise ConfigError(problems)
     root = Path(config.store)
-    with sole_builder(root), open_engine(config.engine) as mapper:
+    with sole_builder(root), room_on_disk(root / sealed.GROWTH, "grow"), open_engine(config.engine) as mapper:
         return _Growth(config, root, mapper).run()
 
 

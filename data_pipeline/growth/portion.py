@@ -26,7 +26,7 @@ from data_pipeline.decontaminate import decontaminate_documents, removed_rows
 from data_pipeline.dedup import exact, near
 from data_pipeline.dedup.index import Index
 from data_pipeline.dedup.removed import Removal
-from data_pipeline.document import BATCH_BYTES, Group, Mapper, Parts, PartWriter, batch_of, text_buffer
+from data_pipeline.document import BATCH_BYTES, Group, Mapper, Parts, PartWriter, batch_of, save_array, text_buffer
 from data_pipeline.filters.stage import filter_documents
 from data_pipeline.growth.archive import Archive
 from data_pipeline.growth.cursor import Cursor, Place
@@ -267,9 +267,9 @@ class Work:
             writer.write(group.source, batch)
             hashes += [id_hash(group.source, identifier) for identifier in batch.column("id").to_pylist()]
         facts["groups"] = writer.close()
-        np.save(partial / _IDS, np.array(hashes, dtype=np.uint64), allow_pickle=False)
-        np.save(partial / _DIGESTS, digests[kept], allow_pickle=False)
-        np.save(partial / _BANDS, np.ascontiguousarray(bands[:, kept]), allow_pickle=False)
+        save_array(partial / _IDS, np.array(hashes, dtype=np.uint64))
+        save_array(partial / _DIGESTS, digests[kept])
+        save_array(partial / _BANDS, bands[:, kept])
         columns = {name: [value for table in removed for value in table[name]] for name in _COLUMNS}
         kinds = {name: pa.float64() if name == "jaccard" else pa.string() for name in _COLUMNS}
         table = pa.table({name: pa.array(values, kinds[name]) for name, values in columns.items()})
