@@ -5,7 +5,8 @@
 Makes a small corpus (two sources, copies and near-copies), builds and grows a store of it undisturbed, then kills
 `data build` and `data grow` with SIGKILL at random moments until each has died that often, always going on with the
 same command; a job that finishes before its kill is begun anew in an empty directory. At the end every file is
-compared by hash (but for the index of the growing store, which is made anew where it is lost).
+compared by hash (but for the index of the growing store, which is made anew where it is lost). Each job is a process
+of its own, forked from one that has imported everything and done nothing: a kill falls into the work, not the imports.
 """
 
 import argparse
@@ -14,18 +15,17 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import yaml
 
+from launcher.data import main as data
 from parallel.common.files import hash_file, write_json
 
-REPOSITORY = Path(__file__).parents[1]
-LIMIT_SECONDS = 300
 WORDS = ("iron", "ore", "slag", "coal", "bloom", "hammer", "anvil", "中文", "größer", "ふいご")
 
 
@@ -55,42 +55,49 @@ def content_of(store: Path) -> dict[str, str]:
     return {str(file.relative_to(store)): hash_file(file) for file in files}
 
 
-def command(word: str, config: Path, store: Path) -> list[str]:
-    """What a user would type."""
-    return [sys.executable, "-P", "-m", "launcher", "data", word, str(config), f"data.store={store}"]
+class Job:
+    """A word of `bloomery data` at work in a process of its own."""
 
+    def __init__(self, word: str, config: Path, store: Path) -> None:
+        self._said = store.with_suffix(".txt")
+        sys.stdout.flush()
+        self.process = os.fork()
+        if self.process == 0:
+            code = 1
+            try:
+                with self._said.open("w") as said:
+                    os.dup2(said.fileno(), 1)
+                    os.dup2(said.fileno(), 2)
+                    code = data([word, str(config), f"data.store={store}"])
+                    sys.stdout.flush()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
 
-def run(arguments: list[str]) -> float:
-    """Undisturbed; its seconds after the imports, up to which a kill makes sense."""
-    started = time.monotonic()
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    process.stdout.readline()
-    first = time.monotonic()
-    _, said = process.communicate(timeout=LIMIT_SECONDS)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(arguments)} failed after {time.monotonic() - started:.1f} s:\n{said}")
-    return time.monotonic() - first
+    def wait(self) -> None:
+        """Until it has finished.
 
+        Raises:
+            SystemExit: it failed.
+        """
+        code = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        if code:
+            raise SystemExit(f"exit code {code}:\n{self._said.read_text()}")
 
-def kill(arguments: list[str], seconds: float) -> bool:
-    """Lets a job work so long after its first line; whether it was still at work then."""
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-    assert process.stdout is not None
-    process.stdout.readline()
-    time.sleep(seconds)
-    died = process.poll() is None
-    if died:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=LIMIT_SECONDS)
-    process.stdout.close()
-    return died
+    def kill(self, seconds: float) -> bool:
+        """Lets it work so long; whether it was still at work then."""
+        time.sleep(seconds)
+        os.kill(self.process, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1]) == -signal.SIGKILL
 
 
 def rounds(word: str, config: Path, directory: Path, wanted: int, chance: random.Random) -> dict[str, object]:
     """One word: killed so often, the stores that came out compared."""
     whole = directory / f"{word}-whole"
-    seconds = run(command(word, config, whole))
+    started = time.monotonic()
+    Job(word, config, whole).wait()
+    seconds = time.monotonic() - started
     expected = content_of(whole)
     kills = stores = 0
     differing: list[str] = []
@@ -98,13 +105,13 @@ def rounds(word: str, config: Path, directory: Path, wanted: int, chance: random
         store = directory / f"{word}-{stores}"
         # Each store dies some times on its way and is then let through.
         for _ in range(min(wanted - kills, chance.randrange(1, 8))):
-            kills += kill(command(word, config, store), chance.uniform(0, seconds))
-        run(command(word, config, store))
+            kills += Job(word, config, store).kill(chance.uniform(0, seconds))
+        Job(word, config, store).wait()
         stores += 1
         found = content_of(store)
         names = {**found, **expected}
         differing += sorted(f"{store.name}/{n}" for n in names if found.get(n) != expected.get(n))
-    print(f"{word}: {kills} kills over {stores} stores, {len(differing)} files differ")
+    print(f"{word}: {kills} kills over {stores} stores, {len(differing)} files differ", flush=True)
     return {"kills": kills, "stores": stores, "differing": differing, "undisturbed_seconds": seconds}
 
 
@@ -116,7 +123,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
-    os.environ["PYTHONPATH"] = str(REPOSITORY)
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
