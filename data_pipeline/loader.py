@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.builders import Setting
 from data_pipeline.config import PhaseConfig
 from data_pipeline.following import wait_for_growth
@@ -62,7 +63,7 @@ class Loader:
             split: "training" or "validation".
             mixture: Weight of each source; a source that is not named is not used. Empty: in proportion to tokens.
             sequence_length: Labels in a sample.
-            global_batch_size: Samples in one batch over all ranks.
+            global_batch_size: Samples in one batch over all ranks, at the end of the plan's ramp.
             micro_batch_size: Every rank's rows are a multiple of it; what the global batch does not fill has weight 0.
             dp_rank: Which slice of the batch is wanted.
             dp_size: How many slices there are.
@@ -75,9 +76,10 @@ class Loader:
             UserError: the split holds nothing, or an index is damaged.
         """
         plan = Plan() if plan is None else plan
+        self._batch_sizes = BatchSizes(global_batch_size, plan.ramp)
         self._schedule = Schedule(
             _weights(mixture, plan.schedule, store, split), plan.schedule,
-            seed=seed, global_batch_size=global_batch_size, sequence_length=sequence_length,
+            seed=seed, batch_sizes=self._batch_sizes, sequence_length=sequence_length,
         )  # fmt: skip
         self._builder = plan.builder(
             Setting(store=store, sequence_length=sequence_length, seed=seed, mask_documents=mask_documents)
@@ -89,9 +91,7 @@ class Loader:
         ]
         self._store = store
         self._split = split
-        self._global_batch_size = global_batch_size
-        self._rows = rows_per_rank(global_batch_size, micro_batch_size, dp_size)
-        self._first_row = dp_rank * self._rows
+        self._micro_batch_size, self._dp_rank, self._dp_size = micro_batch_size, dp_rank, dp_size
         self._following = plan.following
         self._seed = seed
         self._position = 0
@@ -99,7 +99,8 @@ class Loader:
         self._middle = plan.transform(store, seed=seed)
         self._options = {"sequence_length": sequence_length, "mask_documents": mask_documents, **plan.options()}
         if dp_rank == 0:
-            _warn_of_waste(global_batch_size, self._rows * dp_size)
+            for size in self._batch_sizes.sizes:
+                _warn_of_waste(size, rows_per_rank(size, micro_batch_size, dp_size) * dp_size)
 
     @property
     def position(self) -> int:
@@ -128,16 +129,18 @@ class Loader:
         """
         if not self._ready:
             self._ready = self._make_batches()
-        self._position += self._global_batch_size
+        self._position += self._batch_sizes.at(self._position)
         return self._ready.pop()
 
     def _make_batches(self) -> list[dict[str, Tensor]]:
         """Some batches from the position on, the next one last: small batches are made together, which is quicker."""
-        count = min(max(1, _TOKENS_AT_ONCE // (self._rows * self._length)), _BATCHES_AT_ONCE)
+        size, alike = self._batch_sizes.at(self._position), self._batch_sizes.alike(self._position)
+        own = rows_per_rank(size, self._micro_batch_size, self._dp_size)
+        count = min(max(1, _TOKENS_AT_ONCE // (own * self._length)), alike or _BATCHES_AT_ONCE, _BATCHES_AT_ONCE)
         while True:
-            rows = np.arange(self._first_row, self._first_row + self._rows)
-            starts = self._position + np.arange(count) * self._global_batch_size
-            real = np.tile(rows < self._global_batch_size, count)
+            rows = np.arange(self._dp_rank * own, (self._dp_rank + 1) * own)
+            starts = self._position + np.arange(count) * size
+            real = np.tile(rows < size, count)
             sample_ids = np.where(real, np.add.outer(starts, rows).ravel(), -1)
             sources, ordinals = self._schedule.locate(sample_ids[real])
             behind = self._behind(sources, ordinals)
@@ -157,7 +160,7 @@ class Loader:
         if any(phase.segment_length for phase in self._schedule.phases):
             lengths = self._schedule.segment_lengths(np.maximum(sample_ids, 0), self._length)
         together = self._builder.batch(ids, sample_ids=sample_ids, labels_in_row=labels, segment_lengths=lengths)
-        split = [tensor.split(self._rows) for tensor in together.values()]
+        split = [tensor.split(own) for tensor in together.values()]
         return [dict(zip(together, tensors, strict=True)) for tensors in zip(*split, strict=True)][::-1]
 
     def _behind(self, sources: NDArray[np.int64], ordinals: NDArray[np.int64]) -> str | None:

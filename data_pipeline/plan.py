@@ -19,6 +19,8 @@ class Plan:
 
     form: str = CAUSAL
     """Of the samples: a name in `builders`."""
+    ramp: Sequence[tuple[int, int]] = ()
+    """Sizes of the first global batches: pairs of a size and how many steps have it."""
     schedule: Sequence[PhaseConfig] = ()
     """Other mixtures and lengths from later steps on."""
     packing: Packing = Packing.concatenate

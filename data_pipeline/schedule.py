@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.config import PhaseConfig
 from data_pipeline.mixture import Mixture, random_bits
 
@@ -42,7 +43,7 @@ class Schedule:
         phases: Sequence[PhaseConfig],
         *,
         seed: int,
-        global_batch_size: int,
+        batch_sizes: BatchSizes,
         sequence_length: int,
     ) -> None:
         """`weights` hold from position 0 on; what a phase leaves out stays as in the one before.
@@ -52,7 +53,7 @@ class Schedule:
         """
         planned: list[tuple[int, int, Mixture, int | None]] = [(0, 0, Mixture(weights, seed=seed), None)]
         for phase in sorted(phases, key=lambda phase: phase.from_step):
-            start = phase.from_step * global_batch_size
+            start = batch_sizes.position(phase.from_step)
             _, origin, mixture, length = planned[-1]
             if phase.mixture:
                 origin, mixture = start, Mixture(phase.mixture, seed=_seed(seed, start))

@@ -20,6 +20,7 @@ from launcher.batches import Batches
 from launcher.config import RunConfig, WandbMode
 from launcher.display import Display, make_display
 from launcher.evaluation.validation import Validation
+from launcher.length import batch_sizes, total_steps
 from launcher.meter import Meter
 from launcher.objective import objective_of, plan_of
 from launcher.preempt import Preempt
@@ -29,12 +30,14 @@ from launcher.runtime import COLLECTIVE_LIMIT
 from launcher.saving import Saving
 from launcher.tracking import Tracker, WeightsAndBiases
 from model.build import build
+from parallel.checkpoint.agreement import exchange
 from parallel.checkpoint.checkpoints import Checkpoints
 from parallel.checkpoint.fence import Fence
 from parallel.checkpoint.retention import Retention
 from parallel.common.stateful import Stateful
 from parallel.engine import Engine, Objective
 from parallel.precision import model_dtype
+from parallel.rules import check_patterns
 from parallel.schedules import Schedule
 from parallel.topology import Topology
 
@@ -62,11 +65,12 @@ class Parts:
 
 def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preempt: Preempt) -> Parts:
     """Builds the run on this rank; every rank calls this, `torch.distributed` is initialised."""
-    train, steps = config.train, configuration.total_steps(config)
+    train, steps = config.train, total_steps(config)
     store = open_store(config.data)
     topology = Topology.create(config.parallel)
     rows = vocabulary_size(config, store)
     engine = make_engine(config, vocabulary_size=rows, topology=topology, objective=objective_of(config))
+    _check_patterns(config, engine)
     loader = Loader(
         store,
         split=TRAINING,
@@ -80,9 +84,7 @@ def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preemp
         mask_documents=config.data.mask_documents,
         plan=plan_of(config),
     )
-    progress = Progress(
-        total_steps=steps, global_batch_size=train.global_batch_size, sequence_length=train.sequence_length
-    )
+    progress = Progress(total_steps=steps, batch_sizes=batch_sizes(config), sequence_length=train.sequence_length)
     checkpoints = Checkpoints(
         directory.checkpoints,
         retention=Retention.of(config.checkpoint),
@@ -121,6 +123,13 @@ def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preemp
     )
 
 
+def _check_patterns(config: RunConfig, engine: Engine) -> None:
+    """Refuses patterns of the optimizer that fit no parameter on any rank; every rank calls this."""
+    if config.optimizer.groups or config.optimizer.frozen:
+        names = exchange([local.name for local in (*engine.parameters, *engine.frozen)])
+        check_patterns(sorted({name for each in names for name in each}), config.optimizer)
+
+
 def make_engine(
     config: RunConfig,
     *,
@@ -143,7 +152,7 @@ def make_engine(
         objective=objective,
         topology=topology,
         optimizer=config.optimizer,
-        schedule=Schedule(config.optimizer, configuration.total_steps(config)),
+        schedule=Schedule(config.optimizer, total_steps(config)),
         micro_batch_size=config.train.micro_batch_size,
         sequence_length=config.train.sequence_length,
     )

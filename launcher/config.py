@@ -8,7 +8,6 @@ A required key that nobody gave stays MISSING (`"???"`) in the loaded tree, beca
 `data build` needs no model. Each verb asks for the sections that it reads with `require`.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -25,7 +24,6 @@ from data_pipeline.config import DataConfig
 from model.config import ModelConfig, ObjectiveName
 from parallel.common.errors import ConfigError, Problem, UserError
 from parallel.common.files import write_text
-from parallel.common.units import parse_count
 from parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig, Precision
 
 
@@ -50,6 +48,18 @@ class RunSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RampConfig:
+    """Steps at the beginning that take fewer samples; give `until_step` or `until_tokens`."""
+
+    global_batch_size: int = MISSING
+    """Samples in each of these steps, over all ranks."""
+    until_step: int | None = None
+    """The step, counted from 1, that is the last of this size."""
+    until_tokens: str | None = None
+    """Training tokens after which this size ends, `2B`; rounded up to whole steps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """How long and in what portions."""
 
@@ -59,6 +69,8 @@ class TrainConfig:
     """Training tokens, `100B` or `5e9`; rounded up to whole steps."""
     global_batch_size: int = MISSING
     """Samples in one optimizer step, over all ranks."""
+    batch_size_ramp: list[RampConfig] = field(default_factory=list)
+    """Smaller steps at first, in this order; from the end of the last on, `global_batch_size`."""
     micro_batch_size: int = 1
     """Samples that one forward pass takes on one rank."""
     sequence_length: int = MISSING
@@ -178,14 +190,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def total_steps(config: RunConfig) -> int:
-    """Optimizer steps of the whole run: `train.steps`, or `train.tokens` rounded up to whole steps."""
-    if config.train.steps is not None:
-        return config.train.steps
-    assert config.train.tokens is not None
-    return math.ceil(parse_count(config.train.tokens) / (config.train.global_batch_size * config.train.sequence_length))
 
 
 def run_directory(config: RunConfig) -> Path:

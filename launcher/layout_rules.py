@@ -142,18 +142,25 @@ def _experts(config: RunConfig, ranks: int) -> Iterator[Problem]:
 
 
 def _batches(config: RunConfig, ranks: int) -> Iterator[Problem]:
+    yield from _batch("train.global_batch_size", config.train.global_batch_size, config, ranks)
+    for number, phase in enumerate(config.train.batch_size_ramp):
+        key = f"train.batch_size_ramp.{number}.global_batch_size"
+        yield from _batch(key, phase.global_batch_size, config, ranks)
+
+
+def _batch(key: str, size: int, config: RunConfig, ranks: int) -> Iterator[Problem]:
     train, layout = config.train, config.parallel
     replicas = max(1, ranks // _model_ranks(layout))
-    if train.global_batch_size < train.micro_batch_size * replicas:
+    if size < train.micro_batch_size * replicas:
         legal = f"at least micro_batch_size x data-parallel ranks = {train.micro_batch_size * replicas}"
-        yield Problem(key="train.global_batch_size", got=train.global_batch_size, legal=legal)
+        yield Problem(key=key, got=size, legal=legal)
         return
-    micro_batches = math.ceil(train.global_batch_size / (train.micro_batch_size * replicas))
+    micro_batches = math.ceil(size / (train.micro_batch_size * replicas))
     if layout.virtual_pipeline > 1 and micro_batches % layout.pipeline:
         unit = train.micro_batch_size * replicas * layout.pipeline
-        whole = nearest(train.global_batch_size, multiples(unit, train.global_batch_size))
+        whole = nearest(size, multiples(unit, size))
         legal = (
             f"a multiple of {unit}, such as {whole}: with virtual_pipeline a rank's {micro_batches} micro-batches "
             f"must be a multiple of parallel.pipeline = {layout.pipeline}"
         )
-        yield Problem(key="train.global_batch_size", got=train.global_batch_size, legal=legal)
+        yield Problem(key=key, got=size, legal=legal)

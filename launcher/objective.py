@@ -1,7 +1,10 @@
 """What a run minimises, over which samples: the objective by its name, and the form of sample that goes with it."""
 
+from dataclasses import replace
+
 from data_pipeline.plan import Plan
 from launcher.config import RunConfig
+from launcher.length import ramp
 from model import families, objectives
 from parallel.engine import Objective
 
@@ -13,4 +16,5 @@ def objective_of(config: RunConfig) -> Objective:
 
 def plan_of(config: RunConfig) -> Plan:
     """What the run asks of its loader, the form of its samples among it."""
-    return Plan.of(config.data, families.SAMPLES[families.objective(config.model, config.train.objective)])
+    plan = Plan.of(config.data, families.SAMPLES[families.objective(config.model, config.train.objective)])
+    return replace(plan, ramp=ramp(config))

@@ -3,24 +3,27 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from data_pipeline.batch_sizes import BatchSizes
+
 
 class Progress:
     """Steps and samples done of a run of known length; a checkpoint keeps it."""
 
-    def __init__(self, *, total_steps: int, global_batch_size: int, sequence_length: int) -> None:
+    def __init__(self, *, total_steps: int, batch_sizes: BatchSizes, sequence_length: int) -> None:
         self.total_steps = total_steps
         self.step = 0
         self.samples = 0
         """Samples seen, those that only fill a batch excepted."""
         self.tokens = 0
         """Tokens seen."""
-        self._batch_size = global_batch_size
+        self._batch_sizes = batch_sizes
         self._sequence_length = sequence_length
 
     @property
     def remaining_tokens(self) -> int:
         """Tokens still to see."""
-        return (self.total_steps - self.step) * self._batch_size * self._sequence_length
+        ahead = self._batch_sizes.position(self.total_steps) - self._batch_sizes.position(self.step)
+        return ahead * self._sequence_length
 
     @property
     def done(self) -> bool:
@@ -33,9 +36,10 @@ class Progress:
 
     def advance(self) -> None:
         """One step was taken."""
+        size = self._batch_sizes.at(self.samples)
         self.step += 1
-        self.samples += self._batch_size
-        self.tokens += self._batch_size * self._sequence_length
+        self.samples += size
+        self.tokens += size * self._sequence_length
 
     def state_dict(self) -> dict[str, Any]:
         """JSON."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from launcher import config as configuration
 from launcher.config import RunConfig
+from launcher.length import total_steps
 from launcher.outcome import Outcome
 from parallel.common.errors import UserError
 from parallel.common.files import write_json
@@ -51,7 +52,7 @@ class RunDirectory:
     def finished(self, config: RunConfig) -> bool:
         """Whether the last step of this configuration was reached and saved."""
         outcome = Outcome.read(self.outcome)
-        steps = configuration.total_steps(config)
+        steps = total_steps(config)
         saved = (self.checkpoints / f"step-{steps:08d}" / "manifest.json").is_file()
         return outcome is not None and outcome.exit_code == 0 and outcome.step == steps and saved
 

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 
 from data_pipeline.config import training_problems
 from data_pipeline.store import Store
-from launcher.config import RunConfig, flatten, missing, to_dict, total_steps
+from launcher.config import RunConfig, flatten, missing, to_dict
 from launcher.layout_rules import divisors, layout_problems, multiples, nearest
+from launcher.length_rules import length_problems
 from launcher.optimizer_rules import optimizer_problems
 from model import families
 from model.config import Position
 from parallel.checkpoint.mirror import place
 from parallel.common.errors import ConfigError, Problem
-from parallel.common.units import parse_count
-from parallel.config import BestMetric, ScheduleName
+from parallel.config import BestMetric
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _VOCABULARY_MULTIPLE = 128
@@ -55,7 +55,13 @@ def check_training(config: RunConfig, *, ranks: int, store: Store | None = None)
     if not problems:
         problems = list(_numbers(config))
     if not problems:
-        rules = (_run(config), _length(config), _objective(config), _model(config), layout_problems(config, ranks))
+        rules = (
+            _run(config),
+            length_problems(config),
+            _objective(config),
+            _model(config),
+            layout_problems(config, ranks),
+        )
         problems = [problem for rule in rules for problem in rule]
         if store is not None:
             problems.extend(_against_store(config, store))
@@ -96,33 +102,6 @@ def _run(config: RunConfig) -> Iterator[Problem]:
         except (ValueError, ImportError) as error:
             legal = f"a path or a URL that can be reached: {error}"
             yield Problem(key="checkpoint.mirror", got=config.checkpoint.mirror, legal=legal)
-
-
-def _length(config: RunConfig) -> Iterator[Problem]:
-    train, schedule = config.train, config.optimizer.schedule
-    if (train.steps is None) == (train.tokens is None):
-        got = None if train.steps is None else train.steps
-        yield Problem(key="train.steps", got=got, legal="exactly one of train.steps and train.tokens")
-        return
-    if train.tokens is not None:
-        try:
-            tokens = parse_count(train.tokens)
-        except ValueError:
-            yield Problem(key="train.tokens", got=train.tokens, legal="a number such as 5000, 1.5M or 100B")
-            return
-        if tokens < 1:
-            yield Problem(key="train.tokens", got=train.tokens, legal="at least 1 token")
-            return
-    steps = total_steps(config)
-    if schedule.warmup_steps >= steps:
-        legal = f"fewer than the {steps} steps of the run"
-        yield Problem(key="optimizer.schedule.warmup_steps", got=schedule.warmup_steps, legal=legal)
-    elif schedule.name == ScheduleName.wsd and (schedule.decay_steps or 0) + schedule.warmup_steps > steps:
-        legal = f"at most {steps - schedule.warmup_steps}: what the warm-up leaves of {steps} steps"
-        yield Problem(key="optimizer.schedule.decay_steps", got=schedule.decay_steps, legal=legal)
-    if schedule.min_learning_rate > config.optimizer.learning_rate:
-        legal = f"at most optimizer.learning_rate = {config.optimizer.learning_rate}"
-        yield Problem(key="optimizer.schedule.min_learning_rate", got=schedule.min_learning_rate, legal=legal)
 
 
 def _objective(config: RunConfig) -> Iterator[Problem]:

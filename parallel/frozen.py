@@ -12,7 +12,7 @@ from parallel.common.errors import ConfigError, Problem
 from parallel.config import OptimizerConfig
 from parallel.fragments import cut
 from parallel.parameters import Fragment, LocalParameter
-from parallel.rules import check_patterns, is_frozen
+from parallel.rules import is_frozen
 from parallel.updater import Kind
 
 
@@ -22,17 +22,13 @@ def trained_and_frozen(
     """This rank's parameters in two; the second ask for no gradient from now on. Every rank calls this.
 
     Raises:
-        ConfigError: on all ranks; a pattern of `optimizer.frozen` or `optimizer.groups` is found in no name, or a
-            pipeline stage has nothing left to train.
+        ConfigError: on all ranks; a pipeline stage has nothing left to train.
     """
     frozen = [local for local in parameters if is_frozen(local.name, config)]
     trained = [local for local in parameters if not is_frozen(local.name, config)]
-    if config.frozen or config.groups:
-        everywhere = exchange(([local.name for local in parameters], bool(trained)))
-        check_patterns(sorted({name for names, _ in everywhere for name in names}), config)
-        if not all(trains for _, trains in everywhere):
-            legal = "patterns that leave every pipeline stage something to train: gradients pass through them all"
-            raise ConfigError([Problem(key="optimizer.frozen", got=list(config.frozen), legal=legal)])
+    if config.frozen and not all(exchange(bool(trained))):
+        legal = "patterns that leave every pipeline stage something to train: gradients pass through them all"
+        raise ConfigError([Problem(key="optimizer.frozen", got=list(config.frozen), legal=legal)])
     for local in frozen:
         local.parameter.requires_grad_(False)
     return trained, frozen

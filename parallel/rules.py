@@ -85,7 +85,7 @@ def is_frozen(name: str, config: OptimizerConfig) -> bool:
 
 
 def check_patterns(names: Sequence[str], config: OptimizerConfig) -> None:
-    """Refuses patterns that no parameter of the whole model answers to: a slip there would do nothing, silently.
+    """Refuses patterns that are found in none of a whole model's names: a slip there would do nothing, silently.
 
     Raises:
         ConfigError: with every such pattern.

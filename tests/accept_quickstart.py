@@ -17,6 +17,7 @@ from data_pipeline.store import Store
 from data_pipeline.tokenizer import Tokenizer
 from launcher import config as configuration
 from launcher.evaluation.baselines import text_bytes, unigram_bits_per_byte
+from launcher.length import total_steps
 from launcher.places import Checkpoint, find_checkpoint, find_run
 from launcher.run_directory import RunDirectory
 from parallel.checkpoint.manifest import Manifest, whole_steps
@@ -91,7 +92,7 @@ def ended(run: RunDirectory) -> Failures:
     if configuration.missing(config, *configuration.to_dict(config)):
         yield "config.yaml has open keys"
     outcome = json.loads(run.outcome.read_text())
-    wanted = configuration.total_steps(config)
+    wanted = total_steps(config)
     if (outcome["exit_code"], outcome["step"]) != (0, wanted):
         yield f"outcome.json: expected the end after step {wanted}, got {outcome}"
     if "attempt" not in json.loads(run.lock.read_text()):

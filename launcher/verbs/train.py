@@ -12,6 +12,7 @@ from data_pipeline.following import open_store
 from launcher import changes
 from launcher import config as configuration
 from launcher.config import RunConfig
+from launcher.length import total_steps
 from launcher.places import find_step
 from launcher.run_directory import Lock, RunDirectory
 from launcher.start import available_ranks, start_ranks
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str]) -> int | Work:
     Lock.check_free(directory.lock)
     if directory.finished(config):
         if is_first_rank():
-            print(f"{path} is finished: {configuration.total_steps(config)} steps. Another run.name starts a new run.")
+            print(f"{path} is finished: {total_steps(config)} steps. Another run.name starts a new run.")
         return 0
     path.mkdir(parents=True, exist_ok=True)
     if wanted > ranks.world_size:

@@ -18,7 +18,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from data_pipeline.config import DataConfig
-from launcher.config import RunConfig, RunSection, TrainConfig, flatten, require, to_dict, total_steps
+from launcher.config import RunConfig, RunSection, TrainConfig, flatten, require, to_dict
+from launcher.length import total_steps
 from launcher.validate import check_training
 from model.config import ModelConfig, MoeConfig
 from parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, ScheduleName

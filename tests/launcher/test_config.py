@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from launcher import config as configuration
 from launcher.config import RunConfig, load
+from launcher.length import total_steps
 from model.size import parameter_count
 from parallel.common.errors import ConfigError, UserError
 
@@ -37,7 +38,7 @@ def test_a_number_is_a_number(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "steps"), [("100B", 24414063), ("5e9", 1220704), ("4097", 2), ("4096", 1)])
 def test_tokens_are_rounded_up_to_whole_steps(text: str, steps: int) -> None:
     config = load([], [f"train.tokens={text}", "train.global_batch_size=8", "train.sequence_length=512"])
-    assert configuration.total_steps(config) == steps
+    assert total_steps(config) == steps
 
 
 def test_lists_are_reached_by_index_and_a_value_is_set_whole(tmp_path: Path) -> None:
