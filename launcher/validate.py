@@ -15,7 +15,7 @@ from launcher.layout_rules import divisors, layout_problems, multiples, nearest
 from launcher.length_rules import length_problems
 from launcher.optimizer_rules import optimizer_problems
 from model import families
-from model.config import Position
+from model.config import ModelConfig, Position, RopeScaling
 from parallel.checkpoint.mirror import place
 from parallel.common.errors import ConfigError, Problem
 from parallel.config import BestMetric
@@ -26,7 +26,9 @@ _VOCABULARY_MULTIPLE = 128
 _POSITIVE = (
     "model.layers", "model.hidden_size", "model.heads", "model.kv_heads", "model.head_size", "model.ffn_hidden_size",
     "model.norm_eps", "model.rope_base", "model.initial_std", "model.vocabulary_size", "model.positions",
-    "model.sliding_window", "model.full_attention_every", "model.moe.top_k", "model.moe.ffn_hidden_size",
+    "model.sliding_window", "model.full_attention_every", "model.query_pre_attention_scalar",
+    "model.attention_softcap", "model.logit_softcap", "model.rope_share", "model.rope_local_base",
+    "model.rope_scaling.original_positions", "model.moe.top_k", "model.moe.ffn_hidden_size",
     "model.moe.shared_ffn_hidden_size",
     "train.steps", "train.global_batch_size", "train.micro_batch_size", "train.sequence_length",
     "train.log_every_steps", "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context",
@@ -119,9 +121,8 @@ def _model(config: RunConfig) -> Iterator[Problem]:
         whole = nearest(model.hidden_size, multiples(model.heads, model.hidden_size))
         legal = f"a multiple of model.heads = {model.heads}, such as {whole}, or model.head_size given"
         yield Problem(key="model.hidden_size", got=model.hidden_size, legal=legal)
-    elif model.position is Position.rope and (model.head_size or model.hidden_size // model.heads) % 2:
-        size = model.head_size or model.hidden_size // model.heads
-        yield Problem(key="model.head_size", got=size, legal="an even number, for rotary positions")
+    elif model.position is Position.rope:
+        yield from _rotary(model)
     if model.heads % kv_heads:
         legal = f"a divisor of model.heads = {model.heads}, such as {nearest(kv_heads, divisors(model.heads))}"
         yield Problem(key="model.kv_heads", got=kv_heads, legal=legal)
@@ -137,8 +138,29 @@ def _model(config: RunConfig) -> Iterator[Problem]:
     if model.full_attention_every is not None and model.sliding_window is None:
         legal = "null without model.sliding_window: then every layer attends to the whole document"
         yield Problem(key="model.full_attention_every", got=model.full_attention_every, legal=legal)
-    if model.rope_scaling.factor < 1:
-        yield Problem(key="model.rope_scaling.factor", got=model.rope_scaling.factor, legal="1 or more")
+
+
+def _rotary(model: ModelConfig) -> Iterator[Problem]:
+    size = model.head_size or model.hidden_size // model.heads
+    if model.rope_share > 1:
+        yield Problem(key="model.rope_share", got=model.rope_share, legal="a share of a head's channels, at most 1")
+    elif size % 2:
+        yield Problem(key="model.head_size", got=size, legal="an even number, for rotary positions")
+    elif model.rotary_channels % 2 or not model.rotary_channels:
+        legal = f"a share that leaves an even number of a head's {size} channels, such as {2 / size:g} or 1"
+        yield Problem(key="model.rope_share", got=model.rope_share, legal=legal)
+    if model.rope_local_base is not None and model.sliding_window is None:
+        legal = "null without model.sliding_window: no layer would use it"
+        yield Problem(key="model.rope_local_base", got=model.rope_local_base, legal=legal)
+    scaling = model.rope_scaling
+    if scaling.factor < 1:
+        yield Problem(key="model.rope_scaling.factor", got=scaling.factor, legal="1 or more")
+    if scaling.kind is RopeScaling.ntk and model.rotary_channels <= 2:
+        legal = "another kind where only 2 channels of a head turn"
+        yield Problem(key="model.rope_scaling.kind", got=scaling.kind.value, legal=legal)
+    if scaling.kind is RopeScaling.yarn and not scaling.beta_fast > scaling.beta_slow > 0:
+        legal = f"more than model.rope_scaling.beta_slow = {scaling.beta_slow}, both above 0"
+        yield Problem(key="model.rope_scaling.beta_fast", got=scaling.beta_fast, legal=legal)
 
 
 def _against_store(config: RunConfig, store: Store) -> Iterator[Problem]:

@@ -12,9 +12,9 @@ The trade-off: one kernel launch a document. Rotary positions are applied here, 
 because they restart at each document, so they differ from row to row.
 """
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from model.config import ModelConfig, RopeScalingConfig
+from model.config import ModelConfig
 from model.layer_context import LayerContext, Pieces
+from model.rope import rotate
 from parallel.context import ContextParallel
 
 
@@ -55,54 +56,6 @@ def find_pieces(document_ids: Tensor, chunks: Sequence[tuple[int, int]]) -> Piec
     return Pieces(documents=documents, queries=queries)
 
 
-def frequencies(*, head_size: int, base: float, scaling: RopeScalingConfig) -> Tensor:
-    """Radians per position of each pair of channels, [head_size / 2] float64."""
-    plain = base ** -(torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
-    if scaling.factor == 1:
-        return plain
-    waves = scaling.original_positions * plain / (2 * math.pi)  # of each pair in the original length
-    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    kept = ((waves - low) / (high - low)).clamp(0, 1)  # 1 for short waves, 0 for long ones
-    return plain * (kept + (1 - kept) / scaling.factor)
-
-
-class RotaryTable(torch.nn.Module):
-    """Cosines and sines of every position up to the sequence length, looked up by position.
-
-    Source: Su et al., 2021, arXiv:2104.09864; the halves of a head rotate against each other, as in Llama. The
-    stretching of long waves: Grattafiori et al., 2024, arXiv:2407.21783.
-    """
-
-    table: Tensor
-
-    def __init__(
-        self,
-        *,
-        head_size: int,
-        base: float,
-        sequence_length: int,
-        dtype: torch.dtype,
-        scaling: RopeScalingConfig | None = None,
-    ) -> None:
-        super().__init__()
-        radians = frequencies(head_size=head_size, base=base, scaling=scaling or RopeScalingConfig())
-        angles = torch.arange(sequence_length, dtype=torch.float64)[:, None] * radians
-        cosine, sine = angles.cos(), angles.sin()
-        table = torch.stack((torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)))
-        self.register_buffer("table", table.to(dtype), persistent=False)  # [2, sequence, head_size]
-
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [sequence, batch, 1, head_size] of positions [batch, sequence]."""
-        cosine, sine = self.table[:, positions.T, None]
-        return cosine, sine
-
-
-def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turns [sequence, batch, heads, head_size] by the angles of its positions."""
-    first, second = heads.chunk(2, dim=-1)
-    return torch.addcmul(heads * cosine, torch.cat((second, first), dim=-1), sine)
-
-
 class DocumentAttention(MegatronModule):
     """Causal attention that never crosses a document border; megatron-core's `core_attention` slot."""
 
@@ -123,6 +76,10 @@ class DocumentAttention(MegatronModule):
         group = pg_collection.cp
         self.context = ContextParallel(rank=group.rank(), size=group.size(), group=group)
         self.window = description.window(layer_number - 1)
+        self.local = description.rope_local_base is not None and self.window is not None
+        scalar = description.query_pre_attention_scalar
+        self.scale = None if scalar is None else scalar**-0.5
+        self.softcap = description.attention_softcap
         self.grouped = config.num_query_groups != config.num_attention_heads
 
     def forward(
@@ -138,8 +95,9 @@ class DocumentAttention(MegatronModule):
     ) -> Tensor:
         """[sequence, batch, heads, head_size], fewer heads in key and value -> [sequence, batch, hidden]."""
         tokens = packed_seq_params
-        if tokens.rotation is not None:
-            query, key = rotate(query, *tokens.rotation), rotate(key, *tokens.rotation)
+        rotation = tokens.local_rotation if self.local else tokens.rotation
+        if rotation is not None:
+            query, key = rotate(query, *rotation), rotate(key, *rotation)
         if tokens.pieces is None:
             attended = self._attend(*(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)))
             return attended.permute(2, 0, 1, 3).flatten(2)
@@ -163,13 +121,27 @@ class DocumentAttention(MegatronModule):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[batch, heads, length, head_size], keys of the same or a greater length that ends where the queries end."""
         length, seen = query.shape[2], key.shape[2]
-        if length == seen and (self.window is None or seen <= self.window):
-            return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
-        if self.window is None or seen <= self.window:
-            mask = causal_lower_right(length, seen)
-        else:
-            mask = _band(length, seen, self.window, query.device)
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=self.grouped)
+        whole = self.window is None or seen <= self.window
+        if self.softcap is not None:
+            mask = _band(length, seen, self.window or seen, query.device)
+            return self._attend_capped(query, key, value, mask, self.softcap)
+        attend = partial(scaled_dot_product_attention, query, key, value, scale=self.scale, enable_gqa=self.grouped)
+        if whole and length == seen:
+            return attend(is_causal=True)
+        if whole:
+            return attend(attn_mask=causal_lower_right(length, seen))
+        assert self.window is not None
+        return attend(attn_mask=_band(length, seen, self.window, query.device))
+
+    def _attend_capped(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, cap: float) -> Tensor:
+        """With scores that never pass the cap; no fused kernel has them, so [length, keys] scores of a document are
+        held."""
+        groups = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        scores = cap * torch.tanh(query @ key.transpose(-1, -2) * (scale / cap))  # [batch, heads, length, keys]
+        exact = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1, dtype=exact).to(value.dtype) @ value
 
 
 def _band(length: int, seen: int, window: int, device: torch.device) -> Tensor:

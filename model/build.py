@@ -22,6 +22,12 @@ from parallel.cpu import has_gpu
 from parallel.parameters import local_parameters
 from parallel.topology import Topology
 
+_ACTIVATIONS = {
+    Activation.swiglu: silu,
+    Activation.geglu: partial(gelu, approximate="tanh"),
+    Activation.gelu: partial(gelu, approximate="tanh"),
+    Activation.exact_gelu: gelu,
+}
 _INTO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 
 
@@ -36,10 +42,11 @@ def transformer_config(config: ModelConfig, *, dtype: torch.dtype, topology: Top
         num_query_groups=config.kv_heads or config.heads,
         kv_channels=config.head_size or config.hidden_size // config.heads,
         ffn_hidden_size=config.ffn_hidden_size,
-        normalization="RMSNorm" if config.norm is Norm.rms else "LayerNorm",
+        normalization="LayerNorm" if config.norm is Norm.layer else "RMSNorm",
+        layernorm_zero_centered_gamma=config.norm is Norm.zero_centered_rms,
         layernorm_epsilon=config.norm_eps,
-        gated_linear_unit=config.activation is not Activation.gelu,
-        activation_func=silu if config.activation is Activation.swiglu else partial(gelu, approximate="tanh"),
+        gated_linear_unit=config.activation.gated,
+        activation_func=_ACTIVATIONS[config.activation],
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         add_bias_linear=config.linear_bias,
@@ -86,7 +93,7 @@ def initial_value(key: str, shape: tuple[int, ...], *, config: ModelConfig, seed
     if key.endswith("bias"):
         return torch.zeros(shape)
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.zeros(shape) if config.norm is Norm.zero_centered_rms else torch.ones(shape)
     deviation = config.initial_std
     if key.endswith(_INTO_RESIDUAL):
         deviation /= math.sqrt(2 * config.layers)

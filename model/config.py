@@ -16,6 +16,9 @@ class FamilyName(StrEnum):
     qwen2 = "qwen2"
     qwen3 = "qwen3"
     qwen3_moe = "qwen3_moe"
+    gpt_neox = "gpt_neox"
+    gemma2 = "gemma2"
+    gemma3 = "gemma3_text"
 
 
 class ObjectiveName(StrEnum):
@@ -30,6 +33,8 @@ class Norm(StrEnum):
 
     rms = "rms"
     """Root mean square, a weight (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
+    zero_centered_rms = "zero_centered_rms"
+    """The same with a weight that is counted from one: zero leaves the size as it is (Gemma)."""
     layer = "layer"
     """Mean and variance, a weight and a bias (Ba et al., 2016, arXiv:1607.06450)."""
 
@@ -43,6 +48,13 @@ class Activation(StrEnum):
     """One half times the GELU of the other."""
     gelu = "gelu"
     """GELU in its tanh approximation, no gate (GPT-2)."""
+    exact_gelu = "exact_gelu"
+    """GELU by the error function, no gate (GPT-NeoX)."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether the first matrix is twice as wide: gates, and what they gate."""
+        return self in (Activation.swiglu, Activation.geglu)
 
 
 class Position(StrEnum):
@@ -53,18 +65,44 @@ class Position(StrEnum):
     """A table of embeddings, added to the tokens' (GPT-2)."""
 
 
+class RopeScaling(StrEnum):
+    """How rotary positions are stretched for sequences longer than those that a model was trained on."""
+
+    linear = "linear"
+    """Every wave gets `factor` times longer."""
+    ntk = "ntk"
+    """A larger base period, by `factor` and train.sequence_length / original_positions; up to these nothing changes."""
+    yarn = "yarn"
+    """Long waves get longer, short ones stay, smoothly between by wave number; attention gets sharper."""
+    llama3 = "llama3"
+    """Long waves get longer, short ones stay, smoothly between by frequency (Llama 3.1)."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScalingConfig:
-    """Llama 3.1's stretching of rotary positions: long waves get `factor` times longer, short ones stay."""
+    """Stretching of rotary positions, for context extension in continued training."""
 
+    kind: RopeScaling = RopeScaling.llama3
     factor: float = 1.0
-    """1: nothing is stretched."""
-    low_frequency_factor: float = 1.0
-    """Waves longer than original_positions / this are stretched whole."""
-    high_frequency_factor: float = 4.0
-    """Waves shorter than original_positions / this stay; between the two it goes smoothly."""
+    """How much longer the longest waves get; 1: nothing is stretched, whatever the kind."""
     original_positions: int = 8192
     """Length of the sequences that the model was trained on before."""
+    low_frequency_factor: float = 1.0
+    """llama3: waves longer than original_positions / this are stretched whole."""
+    high_frequency_factor: float = 4.0
+    """llama3: waves shorter than original_positions / this stay."""
+    beta_fast: float = 32.0
+    """yarn: pairs that turn more often than this within original_positions stay."""
+    beta_slow: float = 1.0
+    """yarn: pairs that turn less often than this within original_positions are stretched whole."""
+    attention_factor: float | None = None
+    """yarn: what cosines and sines are multiplied by; by default 0.1 ln(factor) + 1, or the ratio of the two below."""
+    mscale: float | None = None
+    """yarn: weight of the logarithm in that factor (DeepSeek)."""
+    mscale_all_dim: float | None = None
+    """yarn: weight of the logarithm in what that factor is divided by (DeepSeek)."""
+    truncate: bool = True
+    """yarn: whether the two borders are rounded to whole pairs."""
 
 
 class Dispatcher(StrEnum):
@@ -128,12 +166,24 @@ class ModelConfig:
     full_attention_every: int | None = None
     """With a sliding window: each n-th layer reaches to the document's start (2 in Gemma 2, 6 in Gemma 3); by default
     none does."""
+    query_pre_attention_scalar: int | None = None
+    """Attention scores are divided by the square root of this; by default head_size (Gemma)."""
+    attention_softcap: float | None = None
+    """Attention scores s become cap * tanh(s / cap) (Gemma 2); by default they stay."""
+    logit_softcap: float | None = None
+    """The same for the logits."""
     attention_bias: bool = False
     """Biases in the query, key and value projections (Qwen2)."""
     linear_bias: bool = False
     """Biases in every projection: attention and MLP, in and out."""
     qk_norm: bool = False
     """RMSNorm over each query and key head before the rotary positions (Qwen3)."""
+    post_norms: bool = False
+    """Norms also of what attention and MLP found, before it is added to the residual stream (Gemma)."""
+    parallel_residual: bool = False
+    """The MLP reads what attention reads, not what attention wrote (GPT-NeoX)."""
+    scale_embeddings: bool = False
+    """Embeddings are multiplied by the square root of hidden_size (Gemma)."""
     dropout: float = 0.0
     """Share of elements dropped after the embedding and after each attention and MLP; the same ones in every layout."""
     moe: MoeConfig = field(default_factory=MoeConfig)
@@ -142,6 +192,10 @@ class ModelConfig:
     rope_base: float = 10000.0
     """Base period of the rotary positions."""
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    rope_share: float = 1.0
+    """Share of each head's channels, its first ones, that turn with the position (GPT-NeoX: a quarter)."""
+    rope_local_base: float | None = None
+    """Base period, never stretched, in the layers with a sliding window (Gemma 3); by default rope_base."""
     tie_embeddings: bool = False
     """Use the input embedding as the output layer's weight too."""
     vocabulary_size: int | None = None
@@ -150,6 +204,11 @@ class ModelConfig:
     """Rows of an imported embedding; those behind only fill up to a multiple of 128, and an export leaves them out."""
     initial_std: float = 0.02
     """Standard deviation of initial weights; projections back into the residual stream get it / sqrt(2 x layers)."""
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that turn with the position."""
+        return int((self.head_size or self.hidden_size // self.heads) * self.rope_share)
 
     def window(self, layer: int) -> int | None:
         """How many tokens back the attention of a layer, counted from 0, reaches; None: to the document's start."""

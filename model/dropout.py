@@ -67,13 +67,22 @@ class Residual(torch.nn.Module):
 
     It stands in megatron-core's bias-dropout-add slot. The block hands it the tokens before each forward pass, because
     that slot has no argument for them. Under sequence parallelism each tensor rank adds the bias to its own tokens, so
-    the bias is read through an operation whose backward sums over the tensor ranks.
+    the bias is read through an operation whose backward sums over the tensor ranks. `norm`, if given, is applied to the
+    biased change (a norm that is registered elsewhere).
     """
 
     tokens: LayerContext
 
-    def __init__(self, *, stream: int, share: float, sequence_parallel: bool) -> None:
+    def __init__(
+        self,
+        *,
+        stream: int,
+        share: float,
+        sequence_parallel: bool,
+        norm: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
+        self.norm = norm
         self.stream = stream
         self.share = share
         self.sequence_parallel = sequence_parallel
@@ -83,16 +92,16 @@ class Residual(torch.nn.Module):
         return self._add_in_training if training else self._add
 
     def _add(self, found: tuple[Tensor, Tensor | None], residual: Tensor, _: float) -> Tensor:
-        return residual + self._with_bias(found)
+        return residual + self._whole(found)
 
     def _add_in_training(self, found: tuple[Tensor, Tensor | None], residual: Tensor, _: float) -> Tensor:
-        change = self._with_bias(found)
+        change = self._whole(found)
         if self.tokens.dropout_keys is not None:
             change = drop(change, self.tokens.dropout_keys, stream=self.stream, share=self.share)
         return residual + change
 
-    def _with_bias(self, found: tuple[Tensor, Tensor | None]) -> Tensor:
+    def _whole(self, found: tuple[Tensor, Tensor | None]) -> Tensor:
         change, bias = found
-        if bias is None:
-            return change
-        return change + (copy_to_tensor_model_parallel_region(bias) if self.sequence_parallel else bias)
+        if bias is not None:
+            change = change + (copy_to_tensor_model_parallel_region(bias) if self.sequence_parallel else bias)
+        return change if self.norm is None else self.norm(change)

@@ -9,11 +9,12 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from model.attention import RotaryTable, find_pieces
+from model.attention import find_pieces
 from model.config import ModelConfig, Position
 from model.dropout import drop, token_keys
 from model.layer_context import LayerContext
 from model.moe import summary, take_sums
+from model.rope import local_rotary_table, rotary_table
 from model.specs import layer_pattern, transformer_stack
 from parallel.topology import Topology
 
@@ -54,15 +55,11 @@ class CausalLanguageModel(HybridModel):
         self.description = config
         self.topology = topology
         self.seed = seed
-        self.rotary = None
+        self.rotary = self.local_rotary = None
         if config.position is Position.rope:
-            self.rotary = RotaryTable(
-                head_size=config.head_size or config.hidden_size // config.heads,
-                base=config.rope_base,
-                scaling=config.rope_scaling,
-                sequence_length=sequence_length,
-                dtype=layer_config.params_dtype,
-            )
+            dtype = layer_config.params_dtype
+            self.rotary = rotary_table(config, sequence_length=sequence_length, dtype=dtype)
+            self.local_rotary = local_rotary_table(config, sequence_length=sequence_length, dtype=dtype)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """A batch (INTERFACES, cut by `ContextParallel.cut`), on the CPU or the device: `tokens` and `positions`
@@ -79,6 +76,8 @@ class CausalLanguageModel(HybridModel):
             device = self.topology.device
             tokens = batch["tokens"].to(device, non_blocking=True)
             hidden = self.embedding(input_ids=tokens, position_ids=batch["positions"].to(device, non_blocking=True))
+            if self.description.scale_embeddings:
+                hidden = hidden * self.description.hidden_size**0.5
             if context.dropout_keys is not None:
                 hidden = drop(hidden, context.dropout_keys, stream=0, share=self.description.dropout)
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=context)
@@ -86,13 +85,14 @@ class CausalLanguageModel(HybridModel):
             return hidden
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden, weight=weight)
-        return logits
+        cap = self.description.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _context(self, batch: dict[str, Tensor]) -> LayerContext:
         device, held = self.topology.device, self.topology.context
-        rotation = keys = weights = None
-        if self.rotary is not None:
-            rotation = self.rotary(batch["positions"].to(device, non_blocking=True))
+        keys = weights = None
+        positions = batch["positions"].to(device, non_blocking=True)
+        rotation, local = (None if table is None else table(positions) for table in (self.rotary, self.local_rotary))
         sequence = batch["document_ids"].shape[1]
         if self.training and self.description.dropout:
             places = held.part(torch.arange(sequence, device=device))
@@ -101,6 +101,7 @@ class CausalLanguageModel(HybridModel):
             weights = self._own(batch["loss_weights"].to(device, non_blocking=True).T)
         return LayerContext(
             rotation=rotation,
+            local_rotation=local,
             pieces=find_pieces(batch["document_ids"].cpu(), held.chunks(sequence)),
             dropout_keys=keys,
             weights=weights,

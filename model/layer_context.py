@@ -26,8 +26,10 @@ class LayerContext:
     is what it holds between the matrices: sequence / tensor under sequence parallelism, else sequence."""
 
     rotation: tuple[Tensor, Tensor] | None
-    """Cosines and sines of the rotary positions, each [sequence, batch, 1, head_size] of the model's dtype, the first
-    half of the sines negated; None without rotary positions."""
+    """Cosines and sines of the rotary positions, each [sequence, batch, 1, rotary channels] of the model's dtype, the
+    first half of the sines negated; None without rotary positions."""
+    local_rotation: tuple[Tensor, Tensor] | None = None
+    """The same for layers with a window, where they have a base of their own."""
     pieces: Pieces | None
     """None where each row is one document, whole on this rank."""
     dropout_keys: Tensor | None

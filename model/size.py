@@ -5,7 +5,7 @@ backward); recomputation is not counted, because it does no useful work. Source 
 arXiv:2204.02311, appendix B.
 """
 
-from model.config import Activation, ModelConfig, Norm, Position
+from model.config import ModelConfig, Norm, Position
 
 
 def head_size(config: ModelConfig) -> int:
@@ -27,7 +27,7 @@ def _has_experts(config: ModelConfig, layer: int) -> bool:
 def _mlp_matrices(config: ModelConfig, layer: int, *, active: bool) -> int:
     """Parameters of one block's gates, ups and downs, and of its router; `active`: those that one token passes."""
     moe = config.moe
-    per_width = (2 if config.activation is Activation.gelu else 3) * config.hidden_size
+    per_width = (3 if config.activation.gated else 2) * config.hidden_size
     if not _has_experts(config, layer):
         return per_width * config.ffn_hidden_size
     experts = moe.top_k if active else moe.experts
@@ -48,14 +48,15 @@ def _biases_and_head_norms(config: ModelConfig) -> int:
     if config.attention_bias or config.linear_bias:
         count += query + 2 * key_value
     if config.linear_bias:
-        inner = config.ffn_hidden_size * (1 if config.activation is Activation.gelu else 2)
+        inner = config.ffn_hidden_size * (2 if config.activation.gated else 1)
         count += 2 * config.hidden_size + inner
     return count
 
 
 def parameter_count(config: ModelConfig, vocabulary_size: int, sequence_length: int = 0) -> int:
     """All parameters; a tied embedding counts once. The length is that of learned positions without `positions`."""
-    norms = (2 * config.layers + 1) * config.hidden_size * (1 if config.norm is Norm.rms else 2)
+    in_a_block = 4 if config.post_norms else 2
+    norms = (in_a_block * config.layers + 1) * config.hidden_size * (2 if config.norm is Norm.layer else 1)
     if config.position is Position.learned:
         norms += (config.positions or sequence_length) * config.hidden_size
     embeddings = vocabulary_size * config.hidden_size * (1 if config.tie_embeddings else 2)

@@ -4,7 +4,7 @@ A pattern symbol of megatron-core's hybrid stack is a whole Transformer layer he
 are blocks: their numbers, their share in a pipeline and their recomputation all count the same thing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -42,10 +42,13 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.partial = config.sequence_parallel
+        self.zero_centered = config.layernorm_zero_centered_gamma
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[sequence, batch, hidden] -> the same shape."""
         weight = copy_to_tensor_model_parallel_region(self.weight) if self.partial else self.weight
+        if self.zero_centered:
+            weight = 1 + weight
         return rms_norm(hidden, self.weight.shape, weight, self.eps)
 
 
@@ -92,11 +95,17 @@ class HeadNorm(RMSNorm):
 class Block(TransformerLayer):
     """megatron-core's layer; hands what it knows of the tokens to those of its parts that have no argument for it."""
 
-    def __init__(self, config: TransformerConfig, submodules: TransformerLayerSubmodules, **options: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, submodules: TransformerLayerSubmodules, *, post_norms: bool, **options: Any
+    ) -> None:
         super().__init__(config, submodules, **options)
+        self.post_attention_layernorm = self.post_mlp_layernorm = None
+        if post_norms:
+            self.post_attention_layernorm = _norm(config, config.hidden_size, config.layernorm_epsilon)
+            self.post_mlp_layernorm = _norm(config, config.hidden_size, config.layernorm_epsilon)
         residual = partial(Residual, share=config.hidden_dropout, sequence_parallel=config.sequence_parallel)
-        self.self_attn_bda = residual(stream=2 * self.layer_number)
-        self.mlp_bda = residual(stream=2 * self.layer_number + 1)
+        self.self_attn_bda = residual(stream=2 * self.layer_number, norm=_calling(self.post_attention_layernorm))
+        self.mlp_bda = residual(stream=2 * self.layer_number + 1, norm=_calling(self.post_mlp_layernorm))
         routers = [part for part in self.modules() if isinstance(part, Router)]
         self._told = (self.self_attn_bda, self.mlp_bda, *routers)
 
@@ -107,11 +116,35 @@ class Block(TransformerLayer):
         return super().forward(*arguments, packed_seq_params=packed_seq_params, **options)
 
 
+def _calling(norm: torch.nn.Module | None) -> Callable[[Tensor], Tensor] | None:
+    """The norm as a function, which a module that holds it does not register once more."""
+    return None if norm is None else norm.__call__
+
+
+class ParallelBlock(Block):
+    """A block whose MLP reads what its attention reads (GPT-NeoX): x + attention(norm(x)) + mlp(other norm(x))."""
+
+    _entered: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
+        """As that of `Block`."""
+        self._entered = hidden_states
+        found = super().forward(hidden_states, *arguments, **options)
+        self._entered = None
+        return found
+
+    def _forward_pre_mlp_layernorm(self, hidden_states: Tensor) -> Tensor:
+        """megatron-core's step between the halves: what it returns is the MLP's, the residual stream stays its own."""
+        assert self._entered is not None
+        return super()._forward_pre_mlp_layernorm(self._entered)
+
+
 def _block(config: ModelConfig, mlp: Any) -> ModuleSpec:
     """Pre-norm attention, and an MLP or a mixture of them."""
     head_norm = HeadNorm if config.qk_norm else IdentityOp
     return ModuleSpec(
-        module=Block,
+        module=ParallelBlock if config.parallel_residual else Block,
+        params={"post_norms": config.post_norms},
         submodules=TransformerLayerSubmodules(
             input_layernorm=_norm,
             self_attention=ModuleSpec(

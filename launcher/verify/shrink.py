@@ -258,13 +258,15 @@ def _sized(model: ModelConfig, layout: ParallelConfig, layers: int) -> ModelConf
 
 
 def _reach(config: RunConfig, sequence: int) -> dict[str, Any]:
-    """What counts tokens: a window stays shorter than a row, and a row reaches past what was stretched."""
+    """What counts tokens or channels: a window stays shorter than a row, a row reaches past what was stretched."""
     model, given = config.model, config.train.sequence_length
     reach: dict[str, Any] = {
         "rope_scaling": replace(model.rope_scaling, original_positions=sequence // 2)
         if model.rope_scaling.factor > 1
         else model.rope_scaling
     }
+    if model.rope_share < 1:
+        reach["rope_share"] = 0.5  # of the small heads an even number of channels, some of which stay
     if model.positions is not None:
         reach["positions"] = sequence * (2 if model.positions > given else 1)
     if model.sliding_window is not None:

@@ -16,7 +16,7 @@ from launcher.validate import check_training
 from launcher.verify.measure import Case
 from launcher.verify.proof import Comparison, compared
 from launcher.verify.shrink import STEPS
-from model.config import Activation, Dispatcher, MoeConfig, Norm
+from model.config import Activation, Dispatcher, MoeConfig, Norm, RopeScalingConfig
 from parallel.common.errors import ConfigError
 from parallel.config import Recompute, RecomputeConfig
 
@@ -204,9 +204,17 @@ FEATURES: tuple[Feature, ...] = (
     _setting("attention biases", "model.attention_bias", False),
     _setting("biases", "model.linear_bias", False),
     _setting("dropout", "model.dropout", 0.0),
+    _setting("a parallel residual", "model.parallel_residual", False),
+    _setting("norms after attention and MLP", "model.post_norms", False),
+    _setting("scaled embeddings", "model.scale_embeddings", False),
+    _setting("capped attention scores", "model.attention_softcap", None),
+    _setting("capped logits", "model.logit_softcap", None),
+    _setting("channels that do not turn", "model.rope_share", 1.0),
+    _setting("stretched positions", "model.rope_scaling", RopeScalingConfig()),
+    _setting("a rotary base inside windows", "model.rope_local_base", None),
     _setting("layers beyond the window", "model.full_attention_every", None),
     _setting("a sliding window", "model.sliding_window", None),
-    _setting("LayerNorm", "model.norm", Norm.rms),
+    _setting("another norm", "model.norm", Norm.rms),
     _setting("another activation", "model.activation", Activation.swiglu),
     Feature(
         name="grouped heads",

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from model.config import FamilyName, ModelConfig
-from model.hf import gpt2, llama
+from model.hf import gemma, gpt2, gpt_neox, llama
 from model.hf.pairs import Pair
 from model.hf.settings import Settings, read, write
 from parallel.common.errors import UserError
@@ -31,6 +31,9 @@ FAMILIES: Mapping[FamilyName, Family] = {
     FamilyName.qwen2: Family(settings=llama.QWEN2, pairs=llama.pairs),
     FamilyName.qwen3: Family(settings=llama.QWEN3, pairs=llama.pairs),
     FamilyName.qwen3_moe: Family(settings=llama.QWEN3_MOE, pairs=llama.pairs),
+    FamilyName.gpt_neox: Family(settings=gpt_neox.GPT_NEOX, pairs=gpt_neox.pairs),
+    FamilyName.gemma2: Family(settings=gemma.GEMMA2, pairs=gemma.pairs),
+    FamilyName.gemma3: Family(settings=gemma.GEMMA3, pairs=gemma.pairs),
 }
 
 

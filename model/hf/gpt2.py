@@ -47,7 +47,7 @@ GPT2 = Settings(
             "summary_use_proj",
         }
     ),
-    rope=False,
+    readings=(),
 )
 
 

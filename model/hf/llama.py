@@ -108,21 +108,26 @@ def pairs(config: ModelConfig, *, names: ExpertNames = QWEN3_EXPERTS) -> Iterato
     yield vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight", config)
     for layer in range(config.layers):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        yield from _attention(f"{ours}self_attention.", f"{theirs}self_attn.", config)
+        yield from attention_pairs(f"{ours}self_attention.", f"{theirs}self_attn.", config)
         yield same(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight")
         yield same(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight")
         if config.moe.experts:
             yield from _experts(f"{ours}mlp.", theirs, config, names)
         else:
-            gated = (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight")
-            yield halves(f"{ours}mlp.linear_fc1.weight", gated)
-            yield same(f"{ours}mlp.linear_fc2.weight", f"{theirs}mlp.down_proj.weight")
+            yield from mlp_pairs(f"{ours}mlp.", f"{theirs}mlp.")
     yield same("decoder.final_norm.weight", "model.norm.weight")
     if not config.tie_embeddings:
         yield vocabulary("output_layer.weight", "lm_head.weight", config)
 
 
-def _attention(ours: str, theirs: str, config: ModelConfig) -> Iterator[Pair]:
+def mlp_pairs(ours: str, theirs: str) -> Iterator[Pair]:
+    """A gated MLP."""
+    yield halves(f"{ours}linear_fc1.weight", (f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight"))
+    yield same(f"{ours}linear_fc2.weight", f"{theirs}down_proj.weight")
+
+
+def attention_pairs(ours: str, theirs: str, config: ModelConfig) -> Iterator[Pair]:
+    """Queries, keys, values and what follows, with biases and norms where the model has them."""
     for kind in ("weight", "bias") if config.attention_bias else ("weight",):
         names = (f"{theirs}q_proj.{kind}", f"{theirs}k_proj.{kind}", f"{theirs}v_proj.{kind}")
         yield queries_keys_values(f"{ours}linear_qkv.{kind}", names, config)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from model.config import ModelConfig, MoeConfig, RopeScalingConfig
+from model.config import ModelConfig, MoeConfig
+from model.hf.readings import ROPE, Reading
 from parallel.common.errors import UserError
 
 _VOCABULARY_MULTIPLE = 128
@@ -53,8 +54,8 @@ class Settings:
     """Their key to the values that we can convert; the first is what an export says."""
     no_matter: frozenset[str] = frozenset()
     """Keys of this family alone that change nothing."""
-    rope: bool = True
-    """Whether positions are rotary."""
+    readings: tuple[Reading, ...] = (ROPE,)
+    """What cannot be said key by key."""
 
 
 def _set(values: dict[str, Any], name: str, value: Any) -> None:
@@ -89,8 +90,9 @@ def read(settings: Settings, found: Mapping[str, Any], *, family: str) -> dict[s
     for key, legal in settings.required.items():
         if (value := left.pop(key, legal[0])) not in legal:
             raise UserError(f"config.json says {key} = {value!r}: a {family} is converted with {_either(legal)} only")
-    if settings.rope:
-        values |= _read_rope(left, family)
+    for reading in settings.readings:
+        for name, value in reading.read(left, values, family).items():
+            _set(values, name, value)
     unknown = sorted(key for key, value in left.items() if key not in settings.no_matter and value is not None)
     if unknown:
         named = ", ".join(f"{key} = {left[key]!r}" for key in unknown)
@@ -102,31 +104,6 @@ def read(settings: Settings, found: Mapping[str, Any], *, family: str) -> dict[s
 
 def _either(legal: tuple[Any, ...]) -> str:
     return " or ".join(repr(value) for value in legal)
-
-
-def _read_rope(left: dict[str, Any], family: str) -> dict[str, Any]:
-    """Takes the rotary positions out of what is left: `rope_parameters`, or `rope_theta` and `rope_scaling`."""
-    said = left.pop("rope_parameters", None) or {}
-    base = said.get("rope_theta", left.pop("rope_theta", None))
-    scaling = {key: value for key, value in (said or left.get("rope_scaling") or {}).items() if key != "rope_theta"}
-    left.pop("rope_scaling", None)
-    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
-    scaling.pop("type", None)
-    values: dict[str, Any] = {} if base is None else {"rope_base": float(base)}
-    if kind == "default" and not scaling:
-        return values
-    names = {
-        "factor": "factor",
-        "low_freq_factor": "low_frequency_factor",
-        "high_freq_factor": "high_frequency_factor",
-        "original_max_position_embeddings": "original_positions",
-    }
-    if kind != "llama3" or set(scaling) != set(names):
-        raise UserError(
-            f"config.json stretches rotary positions by {kind!r} with {sorted(scaling)}: a {family} is converted with "
-            f"'default', or with 'llama3' and {sorted(names)}"
-        )
-    return values | {"rope_scaling": {ours: scaling[theirs] for theirs, ours in names.items()}}
 
 
 def write(settings: Settings, config: ModelConfig, *, model_type: str, sequence_length: int) -> dict[str, Any]:
@@ -144,11 +121,14 @@ def write(settings: Settings, config: ModelConfig, *, model_type: str, sequence_
         "positions": config.positions or sequence_length,
         "vocabulary_size": config.unpadded_vocabulary_size or config.vocabulary_size,
         "moe.ffn_hidden_size": config.moe.ffn_hidden_size or config.ffn_hidden_size,
+        "query_pre_attention_scalar": config.query_pre_attention_scalar
+        or config.head_size
+        or config.hidden_size // config.heads,
     }
     for key, name in settings.fields.items():
         written[key] = spelt_out[name] if name in spelt_out else _get(config, name)
-    if settings.rope:
-        written["rope_parameters"] = {"rope_theta": config.rope_base, **_written_scaling(config.rope_scaling)}
+    for reading in settings.readings:
+        written |= reading.write(config, sequence_length)
     return written
 
 
@@ -161,20 +141,7 @@ def _check_said(settings: Settings, config: ModelConfig, model_type: str) -> Non
         raise UserError(f"a {model_type} has no experts: export it as one that has, such as mixtral")
     plain = ModelConfig(layers=1, hidden_size=1, heads=1, ffn_hidden_size=1)
     names = [*ModelConfig.__slots__, *(f"moe.{name}" for name in MoeConfig.__slots__ if config.moe.experts)]
-    for name in sorted({*names} - {*settings.fields.values(), *settings.constants, *_UNSAID}):
-        if name.startswith("rope") and settings.rope:
-            continue
+    said = {*settings.fields.values(), *settings.constants, *(name for each in settings.readings for name in each.ours)}
+    for name in sorted({*names} - said - _UNSAID):
         if _get(config, name) != _get(plain, name):
             raise UserError(f"a {model_type} has no model.{name} = {_get(config, name)}: export it as another family")
-
-
-def _written_scaling(scaling: RopeScalingConfig) -> dict[str, Any]:
-    if scaling.factor == 1:
-        return {"rope_type": "default"}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_frequency_factor,
-        "high_freq_factor": scaling.high_frequency_factor,
-        "original_max_position_embeddings": scaling.original_positions,
-    }

@@ -142,6 +142,15 @@ def test_sound_configurations_pass(overrides: tuple[str, ...], ranks: int) -> No
         ),
         (("model.dropout=1",), 1, "model.dropout", "a share from 0 to below 1"),
         (("model.position=learned", "model.positions=16"), 1, "train.sequence_length", "at most model.positions = 16"),
+        (("model.rope_share=0.1",), 1, "model.rope_share", "leaves an even number of a head's"),
+        (("model.rope_share=1.5",), 1, "model.rope_share", "at most 1"),
+        (("model.rope_local_base=100.0",), 1, "model.rope_local_base", "null without model.sliding_window"),
+        (
+            ("model.rope_scaling={kind: yarn, factor: 2.0, beta_fast: 1.0}",),
+            1,
+            "model.rope_scaling.beta_fast",
+            "more than model.rope_scaling.beta_slow = 1.0",
+        ),
         (("model.rope_scaling.factor=0.5",), 1, "model.rope_scaling.factor", "1 or more"),
         (
             ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.global_batch_size=10"),

@@ -1,15 +1,19 @@
 """Attention inside documents against a dense mask, and the leak that must not be."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
 from launcher.verify.measure import batch_of, engine_of
 from launcher.verify.world import run_world
-from model.attention import RotaryTable, find_pieces, rotate
+from model.attention import find_pieces
+from model.config import ModelConfig
 from model.layer_context import Pieces
+from model.rope import rotate
 from tests.distributed.layouts import tiny
 
 pytestmark = pytest.mark.truth
@@ -50,51 +54,64 @@ def test_the_pieces_of_two_chunks_see_their_documents_up_to_themselves(seed: int
         assert seen_by_each_query(pieces) == expected
 
 
-def test_rotation_turns_each_pair_by_its_angle() -> None:
-    table = RotaryTable(head_size=8, base=100.0, sequence_length=16, dtype=torch.float64)
-    positions = torch.tensor([[0, 5, 11]])
-    heads = torch.randn(3, 1, 2, 8, dtype=torch.float64)
-    turned = rotate(heads, *table(positions))
-    as_complex = torch.complex(heads[..., :4], heads[..., 4:])
-    angles = torch.tensor([[p * 100.0 ** (-i / 4) for i in range(4)] for p in (0, 5, 11)], dtype=torch.float64)
-    expected = as_complex * torch.polar(torch.ones_like(angles), angles)[:, None, None]
-    torch.testing.assert_close(turned, torch.cat((expected.real, expected.imag), dim=-1))
-
-
-def attention_of_a_model() -> tuple[float, bool]:
-    """The largest difference to a dense mask, and whether another document's text left the logits alone."""
+def attention_of_a_model(values: dict[str, Any]) -> tuple[list[float], bool]:
+    """Of each layer the largest difference to a dense mask; whether another document's text left the logits alone."""
     case = tiny(zero_stage=0, dtype=torch.float64)
+    case = replace(case, config=replace(case.config, model=replace(case.config.model, **values)))
+    config = case.config.model
     engine = engine_of(case)
     model = engine.updater.module.chunks[0]
-    attention = model.decoder.layers[0].self_attention.core_attention
     inputs = batch_of(case, 1, engine.topology)
-    seen = {}
+    seen: list[dict[str, Any]] = []
 
     def look(_module: torch.nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        seen.update(q=args[0], k=args[1], v=args[2], context=kwargs["packed_seq_params"], output=output)
+        seen.append({"q": args[0], "k": args[1], "v": args[2], "context": kwargs["packed_seq_params"], "out": output})
 
-    attention.register_forward_hook(look, with_kwargs=True)
+    for layer in model.decoder.layers:
+        layer.self_attention.core_attention.register_forward_hook(look, with_kwargs=True)
     logits = model(inputs)
-    query, key = (rotate(seen[name], *seen["context"].rotation) for name in "qk")
-    key, value = (tensor.repeat_interleave(2, dim=2) for tensor in (key, seen["v"]))
-    scores = torch.einsum("ibhd,jbhd->bhij", query, key) / math.sqrt(query.shape[-1])
     ids = inputs["document_ids"]
-    length = ids.shape[1]
-    allowed = (ids[:, :, None] == ids[:, None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
-    weights = scores.masked_fill(~allowed[:, None], -torch.inf).softmax(dim=-1)
-    expected = torch.einsum("bhij,jbhd->ibhd", weights, value).flatten(2)
-    difference = (expected - seen["output"]).abs().max().item()
-
+    differences = [(_dense(config, layer, one, ids) - one["out"]).abs().max().item() for layer, one in enumerate(seen)]
     changed = dict(inputs, tokens=inputs["tokens"].clone())
     first = ids == 0
     changed["tokens"][first] = (changed["tokens"][first] + 1) % 256
     others = (ids != 0).T
     untouched = torch.equal(model(changed)[others], logits[others]) and any(a != b for a, b in pairwise(ids[1]))
-    return difference, untouched
+    return differences, untouched
 
 
+def _dense(config: ModelConfig, layer: int, seen: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
+    """What the layer's attention has to give, by a mask over whole rows."""
+    window = config.window(layer)
+    context = seen["context"]
+    rotation = context.local_rotation if window is not None and config.rope_local_base else context.rotation
+    query, key = (rotate(seen[name], *rotation) for name in "qk")
+    key, value = (tensor.repeat_interleave(2, dim=2) for tensor in (key, seen["v"]))
+    scores = torch.einsum("ibhd,jbhd->bhij", query, key)
+    scores = scores / math.sqrt(config.query_pre_attention_scalar or query.shape[-1])
+    if config.attention_softcap is not None:
+        scores = config.attention_softcap * (scores / config.attention_softcap).tanh()
+    length = ids.shape[1]
+    back = torch.arange(length)[:, None] - torch.arange(length)
+    allowed = (ids[:, :, None] == ids[:, None, :]) & (back >= 0) & (back < (window or length))
+    weights = scores.masked_fill(~allowed[:, None], -torch.inf).softmax(dim=-1)
+    return torch.einsum("bhij,jbhd->ibhd", weights, value).flatten(2)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"sliding_window": 3},
+        {"sliding_window": 4, "full_attention_every": 2, "rope_local_base": 20.0},
+        {"sliding_window": 4, "full_attention_every": 3, "attention_softcap": 0.5, "query_pre_attention_scalar": 3},
+        {"rope_share": 0.5, "query_pre_attention_scalar": 24},
+    ],
+    ids=["plain", "window", "alternating", "capped", "partly-turned"],
+)
 @pytest.mark.distributed
-def test_documents_attend_within_themselves_and_leak_nothing() -> None:
-    ((difference, untouched),) = run_world(attention_of_a_model, 1)
-    assert difference < 1e-14
+def test_documents_attend_within_themselves_and_leak_nothing(values: dict[str, Any]) -> None:
+    ((differences, untouched),) = run_world(attention_of_a_model, 1, values)
+    assert len(differences) == 4
+    assert max(differences) < 1e-14
     assert untouched

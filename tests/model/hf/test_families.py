@@ -43,6 +43,16 @@ _LLAMA_3_1 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16,
+    "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False,
+}  # fmt: skip
+_LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 8.0}
+_GEMMA = {**_SIZES, "num_hidden_layers": 4, "head_dim": 12, "sliding_window": 7, "query_pre_attn_scalar": 20}
+_NEOX = {
+    **{key: value for key, value in _SIZES.items() if key != "num_key_value_heads"},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+}
 _GPT2 = {
     "vocab_size": 250, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 40, "initializer_range": 0.2,
     "bos_token_id": 1, "eos_token_id": 2,
@@ -76,6 +86,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "llama-yarn": ("Llama", {**_SIZES, "rope_parameters": _YARN}),
+    "gpt-neox": ("GPTNeoX", _NEOX),
+    "gpt-neox-in-turn-tied": ("GPTNeoX", {**_NEOX, "use_parallel_residual": False, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            **_GEMMA,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": _LINEAR,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        },
+    ),
+    "gemma3-untied": ("Gemma3Text", {**_GEMMA, "num_hidden_layers": 2, "tie_word_embeddings": False}),
     "gpt2": ("GPT2", _GPT2),
 }
 TOKENS = torch.randint(0, 250, (3, SEQUENCE), generator=torch.Generator().manual_seed(0))
@@ -85,8 +111,9 @@ def theirs(name: str, directory: Path) -> tuple[dict[str, Any], dict[str, Tensor
     """A model of `transformers`, written by itself: its config.json, its tensors, its logits on `TOKENS`."""
     kind, values = MODELS[name]
     torch.manual_seed(1)
-    head = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
-    model = getattr(transformers, head)(getattr(transformers, f"{kind}Config")(**values)).eval()
+    head = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind.removesuffix('Text')}ForCausalLM"
+    config = getattr(transformers, f"{kind}Config")(**values)
+    model = getattr(transformers, head)._from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():  # what starts as ones or zeros would hide a mistake
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(directory)

@@ -45,6 +45,25 @@ PUBLISHED = {  # rows of the vocabulary, parameters; GPT-3's are published round
     "qwen3-4b": (151936, 4_022_468_096),
     "qwen3-8b": (151936, 8_190_735_360),
     "qwen3-32b": (151936, 32_762_123_264),
+    "pythia-14m": (50304, 14_067_712),
+    "pythia-31m": (50304, 30_494_720),
+    "pythia-70m": (50304, 70_426_624),
+    "pythia-160m": (50304, 162_322_944),
+    "pythia-410m": (50304, 405_334_016),
+    "pythia-1b": (50304, 1_011_781_632),
+    "pythia-1.4b": (50304, 1_414_647_808),
+    "pythia-2.8b": (50304, 2_775_208_960),
+    "pythia-6.9b": (50432, 6_857_302_016),
+    "pythia-12b": (50688, 11_846_072_320),
+    "gpt-neox-20b": (50432, 20_554_567_680),
+    "gemma2-2b": (256000, 2_614_341_888),
+    "gemma2-9b": (256000, 9_241_705_984),
+    "gemma2-27b": (256000, 27_227_128_320),
+    "gemma3-270m": (262144, 268_098_176),
+    "gemma3-1b": (262144, 999_885_952),
+    "gemma3-4b": (262208, 3_880_263_168),
+    "gemma3-12b": (262208, 11_766_034_176),
+    "gemma3-27b": (262208, 27_009_346_304),
     "qwen3-moe-35m": (8192, 34_605_888),
     "qwen3-30b-a3b": (151936, 30_532_122_624),
     "qwen3-235b-a22b": (151936, 235_093_634_560),
@@ -65,6 +84,8 @@ def test_count_and_shapes(name: str) -> None:
     with torch.device("meta"):
         reference = transformers.AutoModelForCausalLM.from_config(config)
     theirs = reference.state_dict()
+    if "lm_head.weight" in theirs:
+        theirs["embed_out.weight"] = theirs["lm_head.weight"]  # what a file of GPT-NeoX calls it
     pairs = [
         pair for pair in FAMILIES[one.family].pairs(one) if "mlp.experts" not in pair.ours and "router" not in pair.ours
     ]
