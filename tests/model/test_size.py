@@ -6,7 +6,7 @@ import pytest
 
 from launcher.verify.measure import engine_of
 from launcher.verify.world import run_world
-from model.config import ModelConfig, MoeConfig
+from model.config import Activation, ModelConfig, MoeConfig, Norm
 from model.size import flops_per_token, parameter_count
 from tests.distributed.layouts import MODEL, VOCABULARY, tiny
 
@@ -36,9 +36,11 @@ def test_the_published_counts_of_a_mixture() -> None:
         MODEL,
         replace(MODEL, attention_bias=True, qk_norm=True),
         replace(MODEL, linear_bias=True, tie_embeddings=True),
+        replace(MODEL, linear_bias=True, activation=Activation.exact_gelu, norm=Norm.layer, rope_share=0.5),
+        replace(MODEL, post_norms=True, norm=Norm.zero_centered_rms, qk_norm=True),
         replace(MODEL, moe=MoeConfig(experts=4, ffn_hidden_size=16, shared_ffn_hidden_size=8, first_layer=1)),
     ],
-    ids=["plain", "attention-bias-and-qk-norm", "bias-and-tied", "experts"],
+    ids=["plain", "attention-bias-and-qk-norm", "bias-and-tied", "neox", "gemma", "experts"],
 )
 def test_the_count_is_what_is_built(model: ModelConfig) -> None:
     case = tiny(zero_stage=0)
