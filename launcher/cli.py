@@ -64,7 +64,9 @@ VERBS = {
         module="launcher.verbs.generate", arguments="CHECKPOINT --prompt TEXT", meaning="continue a text with the model"
     ),
     "report": Verb(
-        module="launcher.verbs.report", arguments="RUN", meaning="one HTML file with everything about a run"
+        module="launcher.verbs.report",
+        arguments="RUN...",
+        meaning="one HTML file with everything about a run, or several compared",
     ),
 }
 

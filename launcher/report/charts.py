@@ -1,11 +1,12 @@
-"""The curves of a run as plotly figures, in plain JSON.
+"""The curves of one run, or of several beside each other, as plotly figures in plain JSON.
 
 Colours are left to the page, which knows whether the reader's screen is light or dark: a trace names a series number,
-and the page's script turns it into a colour.
+and the page's script turns it into a colour. One run is coloured by curve; of several, each run has its colour.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 _PHASES = {
@@ -15,7 +16,21 @@ _PHASES = {
     "time_optimizer_seconds": "optimizer",
     "time_save_seconds": "saving",
 }
+_SAVED = "saved"
+_QUIET = frozenset(("started", "finished"))
+"""Events that the ends of a curve show already."""
 Records = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curves:
+    """What is drawn of one run."""
+
+    name: str
+    records: Records
+    """Of its `metrics.jsonl`."""
+    events: Records = field(default=())
+    """Of its `events.jsonl`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,57 +44,134 @@ class Chart:
     layout: dict[str, Any]
 
 
-def charts(records: Records) -> list[Chart]:
-    """The figures for the records of `metrics.jsonl`; those without any value are left out."""
+def charts(runs: Sequence[Curves]) -> list[Chart]:
+    """The figures; those without any value are left out."""
     found = [
-        _loss(records),
-        _line(records, "tokens_per_second", "Throughput", "tokens per second, all ranks together"),
-        _line(records, "mfu_causal", "Model FLOPs utilisation", "share of the devices' peak, causal count", unit=".0%"),
-        _line(records, "learning_rate", "Learning rate", "of the update of that step"),
-        _line(records, "grad_norm", "Gradient norm", "global, before clipping", log=True),
-        _line(records, "memory_bytes", "Memory", "highest use of any rank so far, bytes", unit=".3s"),
-        _time(records),
+        _loss(runs),
+        _line(runs, "tokens_per_second", "Throughput", "tokens per second, all ranks together"),
+        _line(runs, "mfu_causal", "Model FLOPs utilisation", "share of the devices' peak, causal count", unit=".0%"),
+        _line(runs, "learning_rate", "Learning rate", "of the update of that step"),
+        _line(runs, "grad_norm", "Gradient norm", "global, before clipping", log=True),
+        _line(runs, "memory_bytes", "Memory", "highest use of any rank so far, bytes", unit=".3s", zero=True),
     ]
+    if len(runs) == 1:
+        found += [_sources(runs[0]), _losses_by_source(runs[0]), _time(runs[0])]
     return [chart for chart in found if chart.traces]
 
 
-def _loss(records: Records) -> Chart:
+def _loss(runs: Sequence[Curves]) -> Chart:
     traces = []
-    for series, (key, name, mode) in enumerate(
-        (("loss", "training", "lines"), ("validation_loss", "validation", "lines+markers"))
-    ):
-        traces += _trace(records, key, name, series=series, mode=mode)
+    for number, run in enumerate(runs):
+        prefix = f"{run.name}, " if len(runs) > 1 else ""
+        traces += _trace(run.records, "loss", f"{prefix}training", series=number)
+        style = {"mode": "lines+markers", "dash": "dash" if len(runs) > 1 else "solid"}
+        series = number if len(runs) > 1 else 1
+        traces += _trace(run.records, "validation_loss", f"{prefix}validation", series=series, **style)
+        traces += _events(run, prefix, series=number if len(runs) > 1 else 2)
     return Chart(title="Loss", meaning="nats per token, by step", traces=traces, layout=_layout())
 
 
-def _line(records: Records, key: str, title: str, meaning: str, *, log: bool = False, unit: str = "") -> Chart:
-    layout = _layout(log=log, unit=unit)
-    return Chart(title=title, meaning=f"{meaning}, by step", traces=_trace(records, key, title), layout=layout)
+def _events(run: Curves, prefix: str, *, series: int) -> Iterator[dict[str, Any]]:
+    """Marks on the curve of the loss: one trace for the saves, one for everything that a reader should look at."""
+    records = [record for record in run.records if record.get("loss") is not None]
+    seen = [event for event in run.events if event["event"] not in _QUIET]
+    kinds = (
+        ("saves", "triangle-up", [event for event in seen if event["event"] == _SAVED]),
+        ("events", "x", [event for event in seen if event["event"] != _SAVED]),
+    )
+    for name, symbol, chosen in kinds:
+        if chosen and records:
+            steps = [record["step"] for record in records]
+            places = [max(bisect_right(steps, event["step"]) - 1, 0) for event in chosen]
+            yield {
+                "x": [event["step"] for event in chosen],
+                "y": [records[place]["loss"] for place in places],
+                "text": [_said(event) for event in chosen],
+                "hovertemplate": "%{text}",
+                "name": f"{prefix}{name}",
+                "mode": "markers",
+                "type": "scatter",
+                "marker": {"symbol": symbol, "size": 8},
+                "showlegend": not prefix,
+                "meta": {"series": series},
+            }
 
 
-def _time(records: Records) -> Chart:
+def _said(event: dict[str, Any]) -> str:
+    facts = [f"{name} {value}" for name, value in event.items() if name not in ("time", "event", "attempt", "step")]
+    return ", ".join([f"{event['event']} at step {event['step']}", *facts])
+
+
+def _line(
+    runs: Sequence[Curves], key: str, title: str, meaning: str, *, log: bool = False, unit: str = "", zero: bool = False
+) -> Chart:
+    traces = []
+    for number, run in enumerate(runs):
+        traces += _trace(run.records, key, run.name if len(runs) > 1 else title, series=number)
+    return Chart(
+        title=title, meaning=f"{meaning}, by step", traces=traces, layout=_layout(log=log, unit=unit, zero=zero)
+    )
+
+
+def _sources(run: Curves) -> Chart:
+    """Of the tokens since the record before, which share came from which source."""
+    records = [record for record in run.records if record.get("tokens_by_source")]
+    names = sorted({name for record in records for name in record["tokens_by_source"]})
+    traces = []
+    before: dict[str, int] = {}
+    shares: dict[str, list[float]] = {name: [] for name in names}
+    for record in records:
+        now = record["tokens_by_source"]
+        added = {name: now.get(name, 0) - before.get(name, 0) for name in names}
+        total = max(sum(added.values()), 1)
+        for name in names:
+            shares[name].append(added[name] / total)
+        before = now
+    for series, name in enumerate(names):
+        steps = [record["step"] for record in records]
+        trace = {"x": steps, "y": shares[name], "name": name, "mode": "lines", "type": "scatter", "stackgroup": "all"}
+        traces.append({**trace, "meta": {"series": series}})
+    meaning = "share of each source in the tokens since the record before, by step"
+    return Chart(title="Mixture", meaning=meaning, traces=traces, layout=_layout(unit=".0%"))
+
+
+def _losses_by_source(run: Curves) -> Chart:
+    names = sorted({name for record in run.records for name in record.get("loss_by_source") or ()})
+    traces = []
+    for series, name in enumerate(names):
+        found = [
+            {"step": record["step"], name: (record.get("loss_by_source") or {}).get(name)} for record in run.records
+        ]
+        traces += _trace(found, name, name, series=series)
+    return Chart(title="Loss by source", meaning="nats per token, by step", traces=traces, layout=_layout())
+
+
+def _time(run: Curves) -> Chart:
     traces = []
     for series, (key, name) in enumerate(_PHASES.items()):
-        for trace in _trace(records, key, name, series=series):
+        for trace in _trace(run.records, key, name, series=series):
             traces.append({**trace, "type": "bar"})
     layout = {**_layout(), "barmode": "stack"}
     return Chart(title="Time", meaning="seconds since the record before, by phase", traces=traces, layout=layout)
 
 
-def _trace(records: Records, key: str, name: str, *, series: int = 0, mode: str = "lines") -> list[dict[str, Any]]:
+def _trace(
+    records: Records, key: str, name: str, *, series: int = 0, mode: str = "lines", dash: str = "solid"
+) -> list[dict[str, Any]]:
     points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
     if not points:
         return []
     steps, values = zip(*points, strict=True)
-    return [{"x": steps, "y": values, "name": name, "mode": mode, "type": "scatter", "meta": {"series": series}}]
+    trace = {"x": steps, "y": values, "name": name, "mode": mode, "type": "scatter"}
+    return [{**trace, "line": {"dash": dash}, "meta": {"series": series}}]
 
 
-def _layout(*, log: bool = False, unit: str = "") -> dict[str, Any]:
+def _layout(*, log: bool = False, unit: str = "", zero: bool = False) -> dict[str, Any]:
     return {
         "height": 300,
         "margin": {"l": 56, "r": 12, "t": 8, "b": 40},
         "xaxis": {"title": {"text": "step"}},
-        "yaxis": {"type": "log" if log else "linear", "tickformat": unit},
+        "yaxis": {"type": "log" if log else "linear", "tickformat": unit, "rangemode": "tozero" if zero else "normal"},
         "hovermode": "x unified",
-        "legend": {"orientation": "h", "y": 1.12},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
     }

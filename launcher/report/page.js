@@ -7,9 +7,9 @@ function draw() {
   for (const chart of document.querySelectorAll(".chart")) {
     const figure = JSON.parse(chart.nextElementSibling.textContent);
     for (const trace of figure.data) {
-      const series = colour("--series-" + trace.meta.series);
-      trace.line = { color: series, width: 2 };
-      trace.marker = { color: series };
+      const series = colour("--series-" + (trace.meta.series % 8));
+      trace.line = { ...trace.line, color: series, width: 2 };
+      trace.marker = { ...trace.marker, color: series };
     }
     Object.assign(figure.layout, {
       paper_bgcolor: "rgba(0,0,0,0)",
@@ -20,7 +20,7 @@ function draw() {
     });
     Object.assign(figure.layout.xaxis, axis);
     Object.assign(figure.layout.yaxis, axis);
-    Plotly.react(chart, figure.data, figure.layout, { displaylogo: false, responsive: true });
+    Plotly.react(chart, figure.data, figure.layout, { displayModeBar: false, responsive: true });
   }
 }
 

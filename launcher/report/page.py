@@ -8,6 +8,7 @@ import html
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from plotly.offline import get_plotlyjs
 from launcher import config as configuration
 from launcher.evaluation import result
 from launcher.outcome import Outcome
-from launcher.report.charts import charts
+from launcher.report.charts import Curves, charts
 from launcher.report.markup import asset, corpus, document, read_json, section, table
 from launcher.run_directory import RunDirectory
 from parallel.common.units import format_bytes, format_count
@@ -25,14 +26,14 @@ _SAMPLES_SHOWN = 20
 
 
 def page(run: RunDirectory) -> str:
-    """The whole page."""
+    """The whole page of one run."""
     config = configuration.load([run.config])
     records = list(run.metrics)
     report = read_json(Path(config.data.store) / "report.json")
     missing = f"<p>{html.escape(config.data.store)} has no report.json.</p>"
     body = [
         _summary(run, records),
-        section("Curves", _curves(records)),
+        section("Curves", _curves([_drawn(run, records)])),
         section("Evaluation", _evaluation(read_json(run.path / result.NAME))),
         section("Samples", _samples(list(run.samples))),
         section("Corpus", missing if report is None else corpus(report)),
@@ -40,6 +41,61 @@ def page(run: RunDirectory) -> str:
         section("Configuration", f"<pre>{html.escape(run.config.read_text())}</pre>"),
     ]
     return document(config.run.name, body, head_script=get_plotlyjs(), end_script=asset("page.js"))
+
+
+def comparison(runs: Sequence[RunDirectory]) -> str:
+    """The page of several runs beside each other: figures, curves, and what differs in their configurations."""
+    drawn = [_drawn(run, list(run.metrics)) for run in runs]
+    if len({run.name for run in drawn}) < len(drawn):
+        drawn = [replace(curves, name=str(run.path)) for curves, run in zip(drawn, runs, strict=True)]
+    body = [
+        section("Runs", _last_figures(drawn)),
+        section("Curves", _curves(drawn)),
+        section("Evaluation", _evaluations(runs, drawn)),
+        section("Configuration", _differences(runs, drawn)),
+    ]
+    return document("Runs compared", body, head_script=get_plotlyjs(), end_script=asset("page.js"))
+
+
+def _drawn(run: RunDirectory, records: Sequence[dict[str, Any]]) -> Curves:
+    return Curves(name=run.path.name, records=records, events=list(run.events))
+
+
+def _last_figures(drawn: Sequence[Curves]) -> str:
+    rows = []
+    for run in drawn:
+        last = run.records[-1] if run.records else {}
+        validation = [record["validation_loss"] for record in run.records if "validation_loss" in record]
+        shown = (
+            ("step", "{:,}"), ("loss", "{:.4f}"), ("tokens_per_second", "{:,.0f}"), ("mfu_causal", "{:.1%}"),
+        )  # fmt: skip
+        figures = [form.format(last[key]) if last.get(key) is not None else "" for key, form in shown]
+        tokens = format_count(last["tokens"]) if last else ""
+        rows.append((run.name, *figures[:2], f"{validation[-1]:.4f}" if validation else "", tokens, *figures[2:]))
+    heads = ("run", "steps", "training loss", "validation loss", "tokens", "tokens per second", "MFU (causal)")
+    return table(heads, rows)
+
+
+def _evaluations(runs: Sequence[RunDirectory], drawn: Sequence[Curves]) -> str:
+    parts = []
+    for run, curves in zip(runs, drawn, strict=True):
+        found = read_json(run.path / result.NAME)
+        parts.append(f"<h3>{html.escape(curves.name)}</h3>\n{_evaluation(found)}")
+    return "\n".join(parts)
+
+
+def _differences(runs: Sequence[RunDirectory], drawn: Sequence[Curves]) -> str:
+    """The keys in which not all runs agree, a column a run."""
+    trees = [configuration.flatten(configuration.to_dict(configuration.load([run.config]))) for run in runs]
+    keys = dict.fromkeys(key for tree in trees for key in tree)
+    rows = [
+        (key, *("" if tree.get(key) is None else str(tree[key]) for tree in trees))
+        for key in keys
+        if any(tree.get(key) != trees[0].get(key) for tree in trees)
+    ]
+    if not rows:
+        return "<p>They are the same.</p>"
+    return table(("key", *(run.name for run in drawn)), rows, text_columns=range(len(runs) + 1))
 
 
 def _summary(run: RunDirectory, records: Sequence[Mapping[str, Any]]) -> str:
@@ -59,8 +115,8 @@ def _summary(run: RunDirectory, records: Sequence[Mapping[str, Any]]) -> str:
     return f'<p>{html.escape(state)}</p>\n<div class="figures">{tiles}</div>'
 
 
-def _curves(records: Sequence[dict[str, Any]]) -> str:
-    found = charts(records)
+def _curves(runs: Sequence[Curves]) -> str:
+    found = charts(runs)
     if not found:
         return "<p>No step was logged yet.</p>"
     parts = []

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.report.charts import charts
-from launcher.report.page import page
+from launcher.report.charts import Curves, charts
+from launcher.report.page import comparison, page
 from launcher.report.store_page import write_store_page
 from launcher.run_directory import RunDirectory
 from parallel.common.errors import UserError
@@ -95,9 +95,46 @@ def test_a_run_without_anything_has_a_page_too(tmp_path: Path, store: Path) -> N
 
 def test_charts_leave_out_what_was_not_measured() -> None:
     records = [{"step": 1, "loss": 2.0, "mfu_causal": None}, {"step": 2, "loss": 1.0, "mfu_causal": None}]
-    (chart,) = charts(records)
+    (chart,) = charts([Curves(name="a", records=records)])
     assert chart.title == "Loss"
     assert list(chart.traces[0]["x"]) == [1, 2]
+
+
+def test_events_stand_on_the_curve_of_the_loss() -> None:
+    records = [{"step": step, "loss": 3.0 - step} for step in (1, 2)]
+    events = [
+        {"event": "started", "step": 0, "time": 0.0, "attempt": "x"},
+        {"event": "saved", "step": 2, "time": 1.0, "attempt": "x"},
+        {"event": "resumed", "step": 2, "time": 2.0, "attempt": "y"},
+    ]
+    (chart,) = charts([Curves(name="a", records=records, events=events)])
+    _, saves, others = chart.traces
+    assert (saves["x"], saves["y"], saves["text"]) == ([2], [1.0], ["saved at step 2"])
+    assert others["text"] == ["resumed at step 2"]
+
+
+def test_the_mixture_is_what_each_source_gave_since_the_record_before() -> None:
+    counted = [{"code": 30, "prose": 10}, {"code": 40, "prose": 40}]
+    records = [{"step": step, "tokens_by_source": tokens} for step, tokens in enumerate(counted, start=1)]
+    (chart,) = charts([Curves(name="a", records=records)])
+    assert {trace["name"]: trace["y"] for trace in chart.traces} == {"code": [0.75, 0.25], "prose": [0.25, 0.75]}
+
+
+def test_several_runs_stand_beside_each_other(directory: RunDirectory, tmp_path: Path, store: Path) -> None:
+    other = RunDirectory(tmp_path / "run")
+    other.path.mkdir()
+    changed = configuration(tmp_path, store, run={"name": "other"}, optimizer={"learning_rate": 0.5})
+    other.config.write_text(changed.read_text())
+    for step in (1, 2):
+        other.metrics.append({"step": step, "loss": 5.0 / step, "tokens": 128 * step})
+    text = comparison([directory, other])
+    reader = parsed(text)
+    assert reader.loads == []
+    assert reader.headings == ["Runs compared", "Runs", "Curves", "Evaluation", "Configuration"]
+    names = [trace["name"] for trace in json.loads(reader.data[0])["data"]]
+    assert f"{other.path}, training" in names
+    assert f"{directory.path}, training" in names
+    assert "<td>optimizer.learning_rate</td><td>0.01</td><td>0.5</td>" in text
 
 
 def test_the_store_has_a_page_that_the_same_report_makes_again(tmp_path: Path) -> None:
