@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 from launcher.config import RunConfig
+from model.config import MoeConfig
 from parallel.common.errors import Problem
 from parallel.config import ParallelConfig, Recompute
 from parallel.mechanism import refusals
@@ -137,8 +138,25 @@ def _experts(config: RunConfig, ranks: int) -> Iterator[Problem]:
     if layout.tensor > 1 and layout.sequence_parallel is False:
         legal = "auto or true with experts and tensor > 1: else every tensor rank would send each token to its experts"
         yield Problem(key="parallel.sequence_parallel", got=False, legal=legal)
+    yield from _groups(moe)
     if model.linear_bias:
         yield Problem(key="model.linear_bias", got=True, legal="false with experts, which have no biases")
+
+
+def _groups(moe: MoeConfig) -> Iterator[Problem]:
+    """Groups of experts, of which each token's experts come from few."""
+    size = moe.experts // moe.groups
+    if moe.experts % moe.groups:
+        legal = f"a divisor of model.moe.experts = {moe.experts}, such as {nearest(moe.groups, divisors(moe.experts))}"
+        yield Problem(key="model.moe.groups", got=moe.groups, legal=legal)
+    elif moe.top_groups > moe.groups:
+        yield Problem(key="model.moe.top_groups", got=moe.top_groups, legal=f"at most model.moe.groups = {moe.groups}")
+    elif moe.group_experts > size:
+        legal = f"at most the {size} experts of a group"
+        yield Problem(key="model.moe.group_experts", got=moe.group_experts, legal=legal)
+    elif moe.top_groups * size < moe.top_k:
+        legal = f"enough for model.moe.top_k = {moe.top_k} experts: groups have {size} each"
+        yield Problem(key="model.moe.top_groups", got=moe.top_groups, legal=legal)
 
 
 def _batches(config: RunConfig, ranks: int) -> Iterator[Problem]:

@@ -28,7 +28,9 @@ _POSITIVE = (
     "model.norm_eps", "model.rope_base", "model.initial_std", "model.vocabulary_size", "model.positions",
     "model.sliding_window", "model.full_attention_every", "model.query_pre_attention_scalar",
     "model.attention_softcap", "model.logit_softcap", "model.rope_share", "model.rope_local_base",
-    "model.rope_scaling.original_positions", "model.moe.top_k", "model.moe.ffn_hidden_size",
+    "model.rope_scaling.original_positions", "model.latent.kv_rank", "model.latent.q_rank",
+    "model.latent.rope_head_size", "model.latent.value_head_size", "model.moe.scale", "model.moe.groups",
+    "model.moe.top_groups", "model.moe.group_experts", "model.moe.top_k", "model.moe.ffn_hidden_size",
     "model.moe.shared_ffn_hidden_size",
     "train.steps", "train.global_batch_size", "train.micro_batch_size", "train.sequence_length",
     "train.log_every_steps", "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context",
@@ -39,7 +41,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "run.seed", "train.z_loss", "model.moe.experts", "model.moe.first_layer", "model.moe.load_balance_loss",
-    "model.moe.z_loss",
+    "model.moe.z_loss", "model.moe.bias_loss",
     "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.schedule.warmup_steps",
     "optimizer.schedule.min_learning_rate", "checkpoint.keep_best",
 )  # fmt: skip
@@ -123,6 +125,7 @@ def _model(config: RunConfig) -> Iterator[Problem]:
         yield Problem(key="model.hidden_size", got=model.hidden_size, legal=legal)
     elif model.position is Position.rope:
         yield from _rotary(model)
+    yield from _latent(model)
     if model.heads % kv_heads:
         legal = f"a divisor of model.heads = {model.heads}, such as {nearest(kv_heads, divisors(model.heads))}"
         yield Problem(key="model.kv_heads", got=kv_heads, legal=legal)
@@ -138,6 +141,27 @@ def _model(config: RunConfig) -> Iterator[Problem]:
     if model.full_attention_every is not None and model.sliding_window is None:
         legal = "null without model.sliding_window: then every layer attends to the whole document"
         yield Problem(key="model.full_attention_every", got=model.full_attention_every, legal=legal)
+
+
+def _latent(model: ModelConfig) -> Iterator[Problem]:
+    """What goes with keys and values that are made of a latent."""
+    latent = model.latent
+    if latent.kv_rank is None:
+        return
+    if model.head_size is None or model.head_size <= latent.rope_head_size:
+        legal = f"given, and above model.latent.rope_head_size = {latent.rope_head_size}: it holds the others too"
+        yield Problem(key="model.head_size", got=model.head_size, legal=legal)
+    if model.kv_heads not in (None, model.heads):
+        legal = f"null or model.heads = {model.heads} with model.latent: every head has keys and values of its own"
+        yield Problem(key="model.kv_heads", got=model.kv_heads, legal=legal)
+    if model.position is Position.learned:
+        yield Problem(key="model.position", got="learned", legal="rope with model.latent")
+    if model.rope_share != 1:
+        legal = "1 with model.latent, whose rope_head_size says how many channels turn"
+        yield Problem(key="model.rope_share", got=model.rope_share, legal=legal)
+    for key in ("qk_norm", "attention_bias", "linear_bias"):
+        if getattr(model, key):
+            yield Problem(key=f"model.{key}", got=True, legal="false with model.latent")
 
 
 def _rotary(model: ModelConfig) -> Iterator[Problem]:

@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from model.config import ModelConfig
 from model.layer_context import LayerContext, Pieces
-from model.rope import rotate
+from model.rope import rotate, score_scale
 from parallel.context import ContextParallel
 
 
@@ -77,8 +77,7 @@ class DocumentAttention(MegatronModule):
         self.context = ContextParallel(rank=group.rank(), size=group.size(), group=group)
         self.window = description.window(layer_number - 1)
         self.local = description.rope_local_base is not None and self.window is not None
-        scalar = description.query_pre_attention_scalar
-        self.scale = None if scalar is None else scalar**-0.5
+        self.scale = score_scale(description)
         self.softcap = description.attention_softcap
         self.grouped = config.num_query_groups != config.num_attention_heads
 
@@ -93,7 +92,7 @@ class DocumentAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
     ) -> Tensor:
-        """[sequence, batch, heads, head_size], fewer heads in key and value -> [sequence, batch, hidden]."""
+        """[sequence, batch, heads, head_size], fewer heads in key and value -> [sequence, batch, heads x its size]."""
         tokens = packed_seq_params
         rotation = tokens.local_rotation if self.local else tokens.rotation
         if rotation is not None:
@@ -102,7 +101,8 @@ class DocumentAttention(MegatronModule):
             attended = self._attend(*(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)))
             return attended.permute(2, 0, 1, 3).flatten(2)
         if self.context.size > 1:
-            key, value = self.context.gather(torch.stack((key, value), dim=1)).unbind(dim=1)
+            sizes = (key.shape[-1], value.shape[-1])
+            key, value = self.context.gather(torch.cat((key, value), dim=-1)).split(sizes, dim=-1)
         return self._by_document(query, key, value, tokens.pieces)
 
     def _by_document(self, query: Tensor, key: Tensor, value: Tensor, pieces: Pieces) -> Tensor:

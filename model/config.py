@@ -19,6 +19,8 @@ class FamilyName(StrEnum):
     gpt_neox = "gpt_neox"
     gemma2 = "gemma2"
     gemma3 = "gemma3_text"
+    deepseek_v2 = "deepseek_v2"
+    deepseek_v3 = "deepseek_v3"
 
 
 class ObjectiveName(StrEnum):
@@ -114,6 +116,14 @@ class Dispatcher(StrEnum):
     """Every rank of the group sees every token; simple, and good for few ranks."""
 
 
+class RouterScore(StrEnum):
+    """How the router's logits become an expert's weight."""
+
+    softmax = "softmax"
+    sigmoid = "sigmoid"
+    """Each expert by itself (DeepSeek-V3)."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoeConfig:
     """A mixture of experts in place of the MLP (Fedus et al., 2021, arXiv:2101.03961)."""
@@ -131,11 +141,40 @@ class MoeConfig:
     """First layer with experts, counted from 0; those before keep their MLP."""
     normalise_top_k: bool = True
     """Whether the weights of a token's chosen experts add up to 1 (softmax after the choice)."""
+    score: RouterScore = RouterScore.softmax
+    scale: float = 1.0
+    """What the weights of the chosen experts are multiplied by."""
+    groups: int = 1
+    """Groups of neighbouring experts, of which a token's experts come from few (DeepSeek-V2)."""
+    top_groups: int = 1
+    """Groups that each token's experts come from."""
+    group_experts: int = 1
+    """A group's score is the sum of its best so many (1 in DeepSeek-V2, 2 in V3)."""
+    expert_bias: bool = False
+    """Add a learnt number to each expert's score, for the choice alone (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+    V3 moves it by a fixed step against the expert's load; here that load is its gradient, and the optimizer steps, so
+    that it is the same in every layout and is saved as any weight."""
+    bias_loss: float = 0.001
+    """Coefficient of that gradient: choices of an expert beyond an even share, per token."""
     load_balance_loss: float = 0.01
     """Coefficient of the auxiliary loss that evens out the experts' shares of the tokens of a sequence-cut group."""
     z_loss: float = 0.0
     """Coefficient of the router's z-loss, which keeps its logits small (arXiv:2202.08906)."""
     dispatcher: Dispatcher = Dispatcher.alltoall
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentConfig:
+    """Attention over keys and values that are made of one narrow latent (DeepSeek-V2, arXiv:2405.04434)."""
+
+    kv_rank: int | None = None
+    """Width of the latent of keys and values; by default there is none, and attention is the usual one."""
+    q_rank: int | None = None
+    """Width of the latent of queries; by default queries are made of the hidden state."""
+    rope_head_size: int = 64
+    """Channels of model.head_size that turn with the position; a key's are the same in all heads."""
+    value_head_size: int = 128
+    """Width of one value head."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,6 +223,7 @@ class ModelConfig:
     """The MLP reads what attention reads, not what attention wrote (GPT-NeoX)."""
     scale_embeddings: bool = False
     """Embeddings are multiplied by the square root of hidden_size (Gemma)."""
+    latent: LatentConfig = field(default_factory=LatentConfig)
     dropout: float = 0.0
     """Share of elements dropped after the embedding and after each attention and MLP; the same ones in every layout."""
     moe: MoeConfig = field(default_factory=MoeConfig)
@@ -208,6 +248,8 @@ class ModelConfig:
     @property
     def rotary_channels(self) -> int:
         """Channels of a head that turn with the position."""
+        if self.latent.kv_rank is not None:
+            return self.latent.rope_head_size
         return int((self.head_size or self.hidden_size // self.heads) * self.rope_share)
 
     def window(self, layer: int) -> int | None:

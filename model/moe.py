@@ -9,6 +9,8 @@ changes it. With w_t the loss weight of token t of a sample of weight T, the loa
 a batch is its token-weighted mean over samples, coefficient in front, added for each layer. The z-loss is the
 token-weighted mean of squared log-sum-exps (Zoph et al., 2022, arXiv:2202.08906).
 
+The load of an expert bias is counted the same way, so its gradient is that of every layout too.
+
 megatron-core's own router defines both per micro-batch and in float32; its results would change with the layout.
 """
 
@@ -31,7 +33,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import linear
 
+from model.config import MoeConfig, RouterScore
 from model.layer_context import LayerContext
+
+_TINY = 1e-20
+"""Added to a sum of sigmoids before it divides."""
 
 
 class _Attach(torch.autograd.Function):
@@ -55,15 +61,23 @@ class Router(MegatronModule):
     """Handed over by the block before each forward pass."""
 
     def __init__(
-        self, *, config: TransformerConfig, pg_collection: ProcessGroupCollection | None, is_mtp_layer: bool = False
+        self,
+        *,
+        config: TransformerConfig,
+        description: MoeConfig,
+        pg_collection: ProcessGroupCollection | None,
+        is_mtp_layer: bool = False,
     ) -> None:
         super().__init__(config)
         assert pg_collection is not None
-        assert config.num_moe_experts is not None
-        self.experts = config.num_moe_experts
+        self.description = description
+        self.experts = description.experts
         self.group = pg_collection.tp_cp
         self.layer_number = 0
         self.weight = torch.nn.Parameter(torch.empty(self.experts, config.hidden_size, dtype=config.params_dtype))
+        self.bias = None
+        if description.expert_bias:
+            self.bias = torch.nn.Parameter(torch.zeros(self.experts, dtype=config.params_dtype))
         self.sums: Tensor | None = None
         """[experts + 2] float64 since the last step: tokens of each expert, load-balancing loss, z-loss."""
 
@@ -74,17 +88,41 @@ class Router(MegatronModule):
     def forward(self, hidden: Tensor, padding_mask: None = None) -> tuple[Tensor, Tensor]:
         """[sequence, batch, hidden] -> the chosen experts' weights and the choice, each [sequence x batch, experts]."""
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        weight = copy_to_tensor_model_parallel_region(self.weight) if self.config.sequence_parallel else self.weight
-        logits = linear(hidden.to(dtype), weight.to(dtype))  # [sequence, batch, experts]
-        scores = logits.softmax(dim=-1)
-        top, chosen = logits.topk(self.config.moe_router_topk, dim=-1)
-        shares = scores.gather(-1, chosen) if self.config.moe_router_pre_softmax else top.softmax(dim=-1)
-        weights = torch.zeros_like(scores).scatter(-1, chosen, shares)
+        logits = linear(hidden.to(dtype), self._read(self.weight).to(dtype))  # [sequence, batch, experts]
+        sigmoid = self.description.score is RouterScore.sigmoid
+        scores = logits.sigmoid() if sigmoid else logits.softmax(dim=-1)
+        chosen = self._chosen(logits, scores.detach())
+        shares = scores.gather(-1, chosen)
+        if self.description.normalise_top_k:
+            top = logits.gather(-1, chosen)
+            shares = shares / (shares.sum(dim=-1, keepdim=True) + _TINY) if sigmoid else top.softmax(dim=-1)
+        weights = torch.zeros_like(scores).scatter(-1, chosen, shares * self.description.scale)
         choice = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
+        if sigmoid:
+            scores = scores / scores.sum(dim=-1, keepdim=True)
         if self.training and torch.is_grad_enabled():
             loss = self._losses(logits, scores, choice)
             weights = _Attach.apply(weights, loss, self.tokens.loss_factor)
         return weights.flatten(0, 1), choice.flatten(0, 1)
+
+    def _read(self, parameter: Tensor) -> Tensor:
+        """What each tensor rank applies to its own tokens, so that the gradient is a sum over them."""
+        return copy_to_tensor_model_parallel_region(parameter) if self.config.sequence_parallel else parameter
+
+    @torch.no_grad()
+    def _chosen(self, logits: Tensor, scores: Tensor) -> Tensor:
+        """[sequence, batch, top_k] numbers of experts."""
+        groups, preferred = self.description.groups, logits
+        if self.bias is not None:
+            preferred = scores + self.bias.to(scores.dtype)
+        if groups > 1:
+            preferred = preferred if self.bias is not None else scores
+            by_group = preferred.unflatten(-1, (groups, -1))  # [sequence, batch, groups, experts of one]
+            best = by_group.topk(self.description.group_experts, dim=-1).values.sum(dim=-1)
+            groups_chosen = best.topk(self.description.top_groups, dim=-1).indices
+            closed = torch.ones_like(best, dtype=torch.bool).scatter(-1, groups_chosen, False)
+            preferred = by_group.masked_fill(closed[..., None], -torch.inf).flatten(-2)
+        return preferred.topk(self.description.top_k, dim=-1).indices
 
     def _losses(self, logits: Tensor, scores: Tensor, choice: Tensor) -> Tensor:
         """The auxiliary losses of the micro-batch [], summed over tokens; adds to what the step reports."""
@@ -95,10 +133,15 @@ class Router(MegatronModule):
         dist.all_reduce(counts, group=self.group)
         score_sums = reduce_from_tensor_model_parallel_region((scores * weights).sum(dim=0), group=self.group)
         per_sample = (counts[:, :-1] * score_sums).sum(dim=-1) / counts[:, -1].clamp(min=1e-12)
-        balance = per_sample.sum() * (self.experts / self.config.moe_router_topk)
+        even = self.experts / self.description.top_k
+        balance = per_sample.sum() * even
         z = (logits.logsumexp(dim=-1, keepdim=True).square() * weights).sum()
         self._remember(chosen, balance / self.group.size(), z)
-        return self.config.moe_aux_loss_coeff * balance + (self.config.moe_z_loss_coeff or 0.0) * z
+        loss = self.description.load_balance_loss * balance + self.description.z_loss * z
+        if self.bias is None:
+            return loss
+        beyond = ((choice * even - 1) * weights).sum(dim=(0, 1))  # [experts]: tokens beyond an even share
+        return loss + self.description.bias_loss * (self._read(self.bias).to(beyond.dtype) @ beyond)
 
     @torch.no_grad()
     def _remember(self, chosen: Tensor, balance: Tensor, z: Tensor) -> None:
@@ -106,12 +149,12 @@ class Router(MegatronModule):
         self.sums = found if self.sums is None else self.sums + found
 
 
-def mixture(linears: MLPSubmodules) -> partial[MoELayer]:
+def mixture(linears: MLPSubmodules, description: MoeConfig) -> partial[MoELayer]:
     """megatron-core's mixture with our router, for a layer's MLP slot."""
     return partial(
         MoELayer,
         submodules=MoESubmodules(
-            router=Router,
+            router=partial(Router, description=description),
             experts=partial(SequentialMLP, submodules=linears),
             shared_experts=partial(SharedExpertMLP, submodules=linears),
         ),

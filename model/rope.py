@@ -77,6 +77,18 @@ def table_factor(scaling: RopeScalingConfig) -> float:
     return _growth(scaling.factor)
 
 
+def score_scale(config: ModelConfig) -> float | None:
+    """What attention scores are multiplied by; None for one over the square root of head_size."""
+    if config.query_pre_attention_scalar is not None:
+        return config.query_pre_attention_scalar**-0.5
+    scaling = config.rope_scaling
+    if config.latent.kv_rank is None or scaling.kind is not RopeScaling.yarn or not scaling.mscale_all_dim:
+        return None
+    # Most channels of a head made of a latent do not turn, so that the table's factor would not reach them.
+    assert config.head_size is not None
+    return config.head_size**-0.5 * _growth(scaling.factor, scaling.mscale_all_dim) ** 2
+
+
 class RotaryTable(torch.nn.Module):
     """Cosines and sines of every position up to the sequence length; the halves of a head rotate against each other,
     as in Llama."""

@@ -15,9 +15,15 @@ def head_size(config: ModelConfig) -> int:
 
 def _attention_matrices(config: ModelConfig) -> int:
     """Parameters of one block's queries, keys, values and output projection."""
-    query = config.heads * head_size(config)
-    key_value = (config.kv_heads or config.heads) * head_size(config)
-    return config.hidden_size * (2 * query + 2 * key_value)
+    query, latent = config.heads * head_size(config), config.latent
+    if latent.kv_rank is None:
+        key_value = (config.kv_heads or config.heads) * head_size(config)
+        return config.hidden_size * (2 * query + 2 * key_value)
+    values = config.heads * latent.value_head_size
+    turning = config.heads * latent.rope_head_size
+    queries = query * (latent.q_rank or config.hidden_size) + config.hidden_size * (latent.q_rank or 0)
+    down = config.hidden_size * (latent.kv_rank + latent.rope_head_size)
+    return queries + down + latent.kv_rank * (query - turning + values) + values * config.hidden_size
 
 
 def _has_experts(config: ModelConfig, layer: int) -> bool:
@@ -45,6 +51,8 @@ def _biases_and_head_norms(config: ModelConfig) -> int:
     query = config.heads * head_size(config)
     key_value = (config.kv_heads or config.heads) * head_size(config)
     count = 2 * head_size(config) if config.qk_norm else 0
+    if config.latent.kv_rank is not None:
+        count += config.latent.kv_rank + (config.latent.q_rank or 0)
     if config.attention_bias or config.linear_bias:
         count += query + 2 * key_value
     if config.linear_bias:
@@ -60,6 +68,8 @@ def parameter_count(config: ModelConfig, vocabulary_size: int, sequence_length: 
     if config.position is Position.learned:
         norms += (config.positions or sequence_length) * config.hidden_size
     embeddings = vocabulary_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    if config.moe.expert_bias:
+        norms += config.moe.experts * sum(_has_experts(config, layer) for layer in range(config.layers))
     return _matrices(config, active=False) + config.layers * _biases_and_head_norms(config) + norms + embeddings
 
 
@@ -70,7 +80,8 @@ def flops_per_token(config: ModelConfig, vocabulary_size: int, sequence_length: 
     """
     matrices = _matrices(config, active=True) + config.hidden_size * vocabulary_size
     reached = sum(_reached(config, layer, sequence_length) for layer in range(config.layers))
-    attention = 12 * config.heads * head_size(config) * reached
+    values = config.latent.value_head_size if config.latent.kv_rank is not None else head_size(config)
+    attention = 6 * config.heads * (head_size(config) + values) * reached
     return 6 * matrices + attention * (0.5 if causal else 1.0)
 
 

@@ -27,6 +27,7 @@ from torch.nn.functional import layer_norm, rms_norm
 from model.attention import DocumentAttention
 from model.config import ModelConfig
 from model.dropout import Residual
+from model.latent_attention import LatentAttention
 from model.moe import Router, mixture
 
 
@@ -139,25 +140,31 @@ class ParallelBlock(Block):
         return super()._forward_pre_mlp_layernorm(self._entered)
 
 
+def _attention(config: ModelConfig) -> ModuleSpec:
+    if config.latent.kv_rank is not None:
+        return ModuleSpec(module=LatentAttention, params={"description": config, "norm": RMSNorm})
+    head_norm = HeadNorm if config.qk_norm else IdentityOp
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=partial(DocumentAttention, description=config),  # pyright: ignore[reportArgumentType]
+            linear_proj=RowParallelLinear,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )
+
+
 def _block(config: ModelConfig, mlp: Any) -> ModuleSpec:
     """Pre-norm attention, and an MLP or a mixture of them."""
-    head_norm = HeadNorm if config.qk_norm else IdentityOp
     return ModuleSpec(
         module=ParallelBlock if config.parallel_residual else Block,
         params={"post_norms": config.post_norms},
         submodules=TransformerLayerSubmodules(
             input_layernorm=_norm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=partial(DocumentAttention, description=config),  # pyright: ignore[reportArgumentType]
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=head_norm,
-                    k_layernorm=head_norm,
-                ),
-            ),
+            self_attention=_attention(config),
             pre_mlp_layernorm=_norm,
             mlp=mlp,
         ),
@@ -171,7 +178,7 @@ def transformer_stack(config: ModelConfig) -> ModuleSpec:
         module=TransformerStack,
         submodules=HybridStackSubmodules(
             attention_layer=_block(config, partial(MLP.as_mlp_submodule, submodules=linears)),
-            moe_layer=_block(config, mixture(linears)),
+            moe_layer=_block(config, mixture(linears, config.moe)),
         ),
     )
 

@@ -21,7 +21,7 @@ from data_pipeline.config import DataConfig
 from launcher.config import RunConfig, RunSection, TrainConfig, flatten, require, to_dict
 from launcher.length import total_steps
 from launcher.validate import check_training
-from model.config import ModelConfig, MoeConfig
+from model.config import LatentConfig, ModelConfig, MoeConfig
 from parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, ScheduleName
 
 MOST_RANKS = 16
@@ -241,7 +241,9 @@ def _sized(model: ModelConfig, layout: ParallelConfig, layers: int) -> ModelConf
     head_size = 8 if heads >= 4 else 16
     hidden = heads * head_size
     own_size = model.head_size is not None and model.head_size * model.heads != model.hidden_size
-    if own_size:
+    if model.latent.kv_rank is not None:
+        head_size, own_size = 12, True
+    elif own_size:
         hidden = hidden * 2 if model.head_size * model.heads < model.hidden_size else hidden // 2  # type: ignore[operator]
     return replace(
         model,
@@ -253,6 +255,7 @@ def _sized(model: ModelConfig, layout: ParallelConfig, layers: int) -> ModelConf
         ffn_hidden_size=max(48, 24 * tensor),
         vocabulary_size=2 * math.lcm(_VOCABULARY_UNIT, tensor),
         initial_std=_INITIAL_STD,
+        latent=_latent(model.latent),
         moe=_moe(model.moe, layout, layers),
     )
 
@@ -289,14 +292,30 @@ def _heads(model: ModelConfig, tensor: int) -> tuple[int, int]:
     return kv_heads, kv_heads * ratio
 
 
+def _latent(latent: LatentConfig) -> LatentConfig:
+    """Of a head's 12 channels 4 turn; ranks that no number of ranks divides."""
+    if latent.kv_rank is None:
+        return latent
+    return replace(
+        latent, kv_rank=10, q_rank=None if latent.q_rank is None else 14, rope_head_size=4, value_head_size=6
+    )
+
+
 def _moe(moe: MoeConfig, layout: ParallelConfig, layers: int) -> MoeConfig:
     if not moe.experts:
         return moe
     tensor = layout.tensor
     wanted = max(2 * layout.expert, moe.top_k + (1 if moe.experts > moe.top_k else 0))
+    if moe.groups > 1:  # a choice among groups stays one: fewer experts of a token than half of the groups have
+        unit = math.lcm(4, layout.expert)
+        most = unit * math.ceil(max(wanted, 8) / unit)
+        groups = {"experts": most, "groups": 4, "top_groups": 2, "top_k": min(moe.top_k, most // 2)}
+        groups["group_experts"] = min(moe.group_experts, most // 4)
+    else:
+        groups = {"experts": math.ceil(wanted / layout.expert) * layout.expert}
     return replace(
         moe,
-        experts=math.ceil(wanted / layout.expert) * layout.expert,
+        **groups,
         ffn_hidden_size=None if moe.ffn_hidden_size is None else max(32, 16 * tensor),
         shared_ffn_hidden_size=None if moe.shared_ffn_hidden_size is None else max(24, 12 * tensor),
         first_layer=min(moe.first_layer, 1, layers - 1),

@@ -197,6 +197,8 @@ FEATURES: tuple[Feature, ...] = (
     _setting("experts", "model.moe", MoeConfig()),
     _of_experts("a shared expert", "shared_ffn_hidden_size", None),
     _of_experts("the load-balancing loss", "load_balance_loss", 0.0),
+    _of_experts("a bias in the choice of experts", "expert_bias", False),
+    _of_experts("groups of experts", "groups", 1),
     _of_experts("the router's z-loss", "z_loss", 0.0),
     _of_experts("the all-to-all dispatcher", "dispatcher", Dispatcher.allgather),
     _setting("tied embeddings", "model.tie_embeddings", False),

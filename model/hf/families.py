@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from model.config import FamilyName, ModelConfig
-from model.hf import gemma, gpt2, gpt_neox, llama
+from model.hf import deepseek, gemma, gpt2, gpt_neox, llama
 from model.hf.pairs import Pair
 from model.hf.settings import Settings, read, write
 from parallel.common.errors import UserError
@@ -34,6 +34,8 @@ FAMILIES: Mapping[FamilyName, Family] = {
     FamilyName.gpt_neox: Family(settings=gpt_neox.GPT_NEOX, pairs=gpt_neox.pairs),
     FamilyName.gemma2: Family(settings=gemma.GEMMA2, pairs=gemma.pairs),
     FamilyName.gemma3: Family(settings=gemma.GEMMA3, pairs=gemma.pairs),
+    FamilyName.deepseek_v2: Family(settings=deepseek.DEEPSEEK_V2, pairs=deepseek.pairs),
+    FamilyName.deepseek_v3: Family(settings=deepseek.DEEPSEEK_V3, pairs=deepseek.pairs),
 }
 
 

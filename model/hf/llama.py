@@ -112,7 +112,7 @@ def pairs(config: ModelConfig, *, names: ExpertNames = QWEN3_EXPERTS) -> Iterato
         yield same(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight")
         yield same(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight")
         if config.moe.experts:
-            yield from _experts(f"{ours}mlp.", theirs, config, names)
+            yield from experts_pairs(f"{ours}mlp.", theirs, config, names)
         else:
             yield from mlp_pairs(f"{ours}mlp.", f"{theirs}mlp.")
     yield same("decoder.final_norm.weight", "model.norm.weight")
@@ -137,7 +137,8 @@ def attention_pairs(ours: str, theirs: str, config: ModelConfig) -> Iterator[Pai
         yield same(f"{ours}k_layernorm.weight", f"{theirs}k_norm.weight")
 
 
-def _experts(ours: str, theirs: str, config: ModelConfig, names: ExpertNames) -> Iterator[Pair]:
+def experts_pairs(ours: str, theirs: str, config: ModelConfig, names: ExpertNames) -> Iterator[Pair]:
+    """A router and the experts that it chooses from."""
     theirs += names.mixture
     yield same(f"{ours}router.weight", f"{theirs}gate.weight")
     gated = (f"{theirs}{names.gate}.weight", f"{theirs}{names.up}.weight")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from model.config import ModelConfig, MoeConfig
+from model.config import LatentConfig, ModelConfig, MoeConfig
 from model.hf.readings import ROPE, Reading
 from parallel.common.errors import UserError
 
@@ -29,8 +29,8 @@ _NO_MATTER = frozenset(
 
 _UNSAID = frozenset(
     {
-        "family", "vocabulary_size", "unpadded_vocabulary_size", "initial_std", "dropout", "positions", "moe",
-        "moe.load_balance_loss", "moe.z_loss", "moe.dispatcher",
+        "family", "vocabulary_size", "unpadded_vocabulary_size", "initial_std", "dropout", "positions", "moe", "latent",
+        "moe.load_balance_loss", "moe.z_loss", "moe.dispatcher", "moe.bias_loss",
     }
 )  # fmt: skip
 """Our fields that a `config.json` need not say: logits do not depend on them, or other keys hold them."""
@@ -141,6 +141,7 @@ def _check_said(settings: Settings, config: ModelConfig, model_type: str) -> Non
         raise UserError(f"a {model_type} has no experts: export it as one that has, such as mixtral")
     plain = ModelConfig(layers=1, hidden_size=1, heads=1, ffn_hidden_size=1)
     names = [*ModelConfig.__slots__, *(f"moe.{name}" for name in MoeConfig.__slots__ if config.moe.experts)]
+    names += [f"latent.{name}" for name in LatentConfig.__slots__ if config.latent.kv_rank is not None]
     said = {*settings.fields.values(), *settings.constants, *(name for each in settings.readings for name in each.ours)}
     for name in sorted({*names} - said - _UNSAID):
         if _get(config, name) != _get(plain, name):

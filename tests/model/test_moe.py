@@ -10,7 +10,7 @@ from torch import Tensor
 from launcher.verify.measure import Case, batch_of, engine_of
 from launcher.verify.world import run_world
 from model.build import transformer_config
-from model.config import MoeConfig
+from model.config import MoeConfig, RouterScore
 from model.layer_context import LayerContext
 from model.moe import Router
 from parallel.topology import Topology
@@ -30,7 +30,7 @@ def router(moe: MoeConfig) -> Router:
     case = mixture(moe=moe)
     topology = Topology.create(case.config.parallel)
     config = transformer_config(case.config.model, dtype=torch.float64, topology=topology)
-    made = Router(config=config, pg_collection=topology.groups)
+    made = Router(config=config, description=moe, pg_collection=topology.groups)
     torch.nn.init.normal_(made.weight, generator=torch.Generator().manual_seed(1))
     return made
 
@@ -125,6 +125,42 @@ def choices_not_normalised() -> tuple[Tensor, Tensor]:
 def test_weights_may_stay_what_the_softmax_over_all_experts_gave() -> None:
     ((found, expected),) = run_world(choices_not_normalised, 1)
     torch.testing.assert_close(found, expected)
+
+
+SIGMOID = replace(
+    MOE, score=RouterScore.sigmoid, scale=1.5, groups=2, top_groups=1, group_experts=2, expert_bias=True, bias_loss=0.25
+)
+BIAS = torch.tensor([0.3, -0.4, 0.1, 0.2], dtype=torch.float64)
+
+
+def routed_with_a_bias() -> dict[str, Tensor]:
+    made = router(SIGMOID)
+    assert made.bias is not None
+    made.bias.data.copy_(BIAS)
+    told(made, WEIGHTS, factor=3.0)
+    weights, choice = made(HIDDEN)
+    (weights * 0).sum().backward()
+    assert made.bias.grad is not None
+    scores = torch.einsum("sbh,eh->sbe", HIDDEN, made.weight.detach()).sigmoid().flatten(0, 1)
+    return {"weights": weights.detach(), "choice": choice, "scores": scores, "gradient": made.bias.grad}
+
+
+def test_a_bias_has_a_say_in_the_choice_alone_and_its_gradient_is_the_load() -> None:
+    (found,) = run_world(routed_with_a_bias, 1)
+    differs = 0
+    for token, scores in enumerate(found["scores"]):
+        better = max((0, 2), key=lambda first, s=scores: float((s + BIAS)[first : first + 2].sum()))
+        chosen = {better, better + 1}  # two experts of the better half
+        assert set(found["choice"][token].nonzero().flatten().tolist()) == chosen
+        expected = 1.5 * scores / scores[sorted(chosen)].sum()
+        for expert in range(4):
+            given = float(expected[expert]) if expert in chosen else 0.0
+            assert float(found["weights"][token, expert]) == pytest.approx(given, rel=1e-12)
+        differs += set(scores.topk(2).indices.tolist()) != chosen
+    assert differs, "the plain choice would have been the same"
+    load = torch.einsum("te,t->e", found["choice"].double() * (4 / 2) - 1, WEIGHTS.flatten().double())
+    torch.testing.assert_close(found["gradient"], 3 * 0.25 * load)
+    assert load.abs().max() > 0
 
 
 def metrics(case: Case) -> dict[str, float]:

@@ -6,7 +6,7 @@ import pytest
 
 from launcher.verify.measure import engine_of
 from launcher.verify.world import run_world
-from model.config import Activation, ModelConfig, MoeConfig, Norm
+from model.config import Activation, LatentConfig, ModelConfig, MoeConfig, Norm
 from model.size import flops_per_token, parameter_count
 from tests.distributed.layouts import MODEL, VOCABULARY, tiny
 
@@ -29,6 +29,14 @@ def test_the_published_counts_of_a_mixture() -> None:
     assert round(active / 1e9, 1) == 12.9
 
 
+LATENT = replace(
+    MODEL,
+    kv_heads=None,
+    head_size=12,
+    latent=LatentConfig(kv_rank=14, q_rank=18, rope_head_size=4, value_head_size=10),
+)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "model",
@@ -39,14 +47,32 @@ def test_the_published_counts_of_a_mixture() -> None:
         replace(MODEL, linear_bias=True, activation=Activation.exact_gelu, norm=Norm.layer, rope_share=0.5),
         replace(MODEL, post_norms=True, norm=Norm.zero_centered_rms, qk_norm=True),
         replace(MODEL, moe=MoeConfig(experts=4, ffn_hidden_size=16, shared_ffn_hidden_size=8, first_layer=1)),
+        replace(LATENT, moe=MoeConfig(experts=4, ffn_hidden_size=16, expert_bias=True, first_layer=1)),
+        replace(LATENT, latent=replace(LATENT.latent, q_rank=None)),
     ],
-    ids=["plain", "attention-bias-and-qk-norm", "bias-and-tied", "neox", "gemma", "experts"],
+    ids=[
+        "plain",
+        "attention-bias-and-qk-norm",
+        "bias-and-tied",
+        "neox",
+        "gemma",
+        "experts",
+        "latent-and-experts",
+        "latent",
+    ],
 )
 def test_the_count_is_what_is_built(model: ModelConfig) -> None:
     case = tiny(zero_stage=0)
     case = replace(case, config=replace(case.config, model=model))
     (built,) = run_world(lambda: sum(local.shape.numel() for local in engine_of(case).parameters), 1)
     assert built == parameter_count(model, VOCABULARY)
+
+
+def test_flops_of_latent_attention_by_hand() -> None:
+    """Scores cost head_size a pair, and what they weigh value_head_size."""
+    heads, size, values = 4, 12, 10
+    pairs = flops_per_token(LATENT, 128, 100, causal=False) - flops_per_token(LATENT, 128, 0, causal=False)
+    assert pairs == 6 * LATENT.layers * heads * (size + values) * 100
 
 
 def test_flops_by_hand() -> None:

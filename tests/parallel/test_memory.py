@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from launcher.explain.measured import bytes_held
-from model.config import MoeConfig
+from model.config import LatentConfig, MoeConfig
 from tests.distributed.layouts import tiny
 
 pytestmark = [pytest.mark.distributed, pytest.mark.truth]
@@ -15,6 +15,11 @@ pytestmark = [pytest.mark.distributed, pytest.mark.truth]
 ODD = {"hidden_size": 24, "ffn_hidden_size": 36, "head_size": 6, "qk_norm": True, "attention_bias": True}
 """Sizes that no number of ranks divides well."""
 MOE = MoeConfig(experts=6, ffn_hidden_size=20, shared_ffn_hidden_size=12, first_layer=1)
+
+LATENT = {
+    "kv_heads": None, "head_size": 10, "latent": LatentConfig(kv_rank=7, q_rank=9, rope_head_size=4, value_head_size=6),
+    "moe": replace(MOE, expert_bias=True), "post_norms": True,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -35,6 +40,7 @@ MOE = MoeConfig(experts=6, ffn_hidden_size=20, shared_ffn_hidden_size=12, first_
         (4, torch.bfloat16, {}, {"zero_stage": 1, "pipeline": 2, "virtual_pipeline": 2}),
         (4, torch.float32, {"moe": MOE}, {"zero_stage": 2, "expert": 2}),
         (4, torch.bfloat16, {"moe": MOE}, {"zero_stage": 1, "expert": 2, "tensor": 2}),
+        (4, torch.bfloat16, LATENT, {"zero_stage": 1, "expert": 2, "tensor": 2}),
     ],
     ids=str,
 )

@@ -53,6 +53,16 @@ _NEOX = {
     **{key: value for key, value in _SIZES.items() if key != "num_key_value_heads"},
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
 }
+_DEEPSEEK = {
+    **_SIZES, "num_key_value_heads": 6,
+    "num_hidden_layers": 4, "first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 3,
+    "n_shared_experts": 2, "moe_intermediate_size": 12, "routed_scaling_factor": 1.7, "q_lora_rank": 20,
+    "kv_lora_rank": 14, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 8,
+}  # fmt: skip
+_DEEP_YARN = {
+    "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16,
+    "beta_fast": 4.0, "beta_slow": 0.5, "mscale": 0.8, "mscale_all_dim": 1.1, "truncate": True,
+}  # fmt: skip
 _GPT2 = {
     "vocab_size": 250, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 40, "initializer_range": 0.2,
     "bos_token_id": 1, "eos_token_id": 2,
@@ -102,6 +112,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gemma3-untied": ("Gemma3Text", {**_GEMMA, "num_hidden_layers": 2, "tie_word_embeddings": False}),
+    "deepseek-v3": ("DeepseekV3", {**_DEEPSEEK, "n_group": 4, "topk_group": 2, "rope_parameters": _DEEP_YARN}),
+    "deepseek-v3-plain-queries": ("DeepseekV3", {**_DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1}),
+    "deepseek-v2": ("DeepseekV2", {**_DEEPSEEK, "rope_parameters": _DEEP_YARN, "topk_method": "greedy"}),
+    "deepseek-v2-in-groups": (
+        "DeepseekV2",
+        {**_DEEPSEEK, "q_lora_rank": None, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    ),
     "gpt2": ("GPT2", _GPT2),
 }
 TOKENS = torch.randint(0, 250, (3, SEQUENCE), generator=torch.Generator().manual_seed(0))

@@ -64,6 +64,9 @@ PUBLISHED = {  # rows of the vocabulary, parameters; GPT-3's are published round
     "gemma3-4b": (262208, 3_880_263_168),
     "gemma3-12b": (262208, 11_766_034_176),
     "gemma3-27b": (262208, 27_009_346_304),
+    "deepseek-v2-lite": (102400, 15_706_484_224),
+    "deepseek-v2-236b": (102400, 235_741_434_880),
+    "deepseek-v3-671b": (129280, 671_026_419_200),
     "qwen3-moe-35m": (8192, 34_605_888),
     "qwen3-30b-a3b": (151936, 30_532_122_624),
     "qwen3-235b-a22b": (151936, 235_093_634_560),
@@ -79,7 +82,7 @@ def test_count_and_shapes(name: str) -> None:
     rows, count = PUBLISHED[name]
     model = replace(load([CONFIGS / f"{name}.yaml"]).model, vocabulary_size=rows)
     assert parameter_count(model, rows, 1024) == count
-    one = replace(model, layers=1)
+    one = replace(model, layers=1 + model.moe.first_layer)  # with a layer of each kind
     config = transformers.AutoConfig.for_model(**config_json(one, sequence_length=one.positions or 1024))
     with torch.device("meta"):
         reference = transformers.AutoModelForCausalLM.from_config(config)
@@ -91,6 +94,7 @@ def test_count_and_shapes(name: str) -> None:
     ]
     joined = sum(pair.join([theirs[part] for part in pair.theirs]).numel() for pair in pairs)
     inner = one.moe.ffn_hidden_size or one.ffn_hidden_size
-    mixture = one.moe.experts * (3 * inner + 1) * one.hidden_size  # in memory theirs are fused
+    biases = one.moe.experts if one.moe.expert_bias else 0
+    mixture = one.moe.experts * (3 * inner + 1) * one.hidden_size + biases  # in memory theirs are fused
     assert joined + mixture == parameter_count(one, rows, 1024)
-    assert sum(tensor.numel() for tensor in reference.parameters()) == parameter_count(one, rows, 1024)
+    assert sum(tensor.numel() for tensor in reference.parameters()) + biases == parameter_count(one, rows, 1024)
