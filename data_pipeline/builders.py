@@ -1,19 +1,20 @@
-"""The forms that samples have, one for each way to learn from the same store: a table of builders by name.
+"""What makes samples: one builder for each way to learn from the same store. `forms` is the table of them.
 
 A builder says what it reads (a stream of `samples.Samples`, each row some tokens of a source and the one that follows
 them) and makes rows into a batch. Everything random in it depends on (seed, purpose, sample) alone, so that neither
 data-parallel size nor resuming changes a sample.
 """
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.batch import make_batch
+from data_pipeline.config import MaskingConfig
+from data_pipeline.samples import Samples
 from data_pipeline.store import Store
 
 
@@ -28,16 +29,20 @@ class Setting:
     """Keys what is drawn."""
     mask_documents: bool
     """Whether positions and document ids tell the documents of a sample apart."""
+    masking: MaskingConfig
 
 
-class SampleBuilder(Protocol):
+class SampleBuilder(ABC):
     """Rows of the store as a batch."""
 
-    @property
-    def length(self) -> int:
-        """Tokens that a sample takes from the stream of its source."""
-        ...
+    length: int
+    """Tokens that a sample takes from the stream of its source."""
 
+    def stream(self, store: Store, source: str, *, split: str, seed: int | None) -> Samples | None:
+        """The samples of a source, where the form needs its own; None: documents one after the other, or packed."""
+        return None
+
+    @abstractmethod
     def batch(
         self,
         ids: NDArray[np.unsignedinteger],
@@ -54,10 +59,9 @@ class SampleBuilder(Protocol):
             labels_in_row: How many labels of each row count, from the left, [batch].
             segment_lengths: Tokens after which a segment begins in any case, [batch]; None: nowhere.
         """
-        ...
 
 
-class Causal:
+class Causal(SampleBuilder):
     """Each token's label is the next one."""
 
     def __init__(self, setting: Setting) -> None:
@@ -82,11 +86,3 @@ class Causal:
             mask_documents=self._setting.mask_documents,
             segment_lengths=segment_lengths,
         )
-
-
-class _Maker(Protocol):
-    def __call__(self, setting: Setting, /) -> SampleBuilder: ...
-
-
-CAUSAL = "causal"
-BUILDERS: Mapping[str, _Maker] = {CAUSAL: Causal}

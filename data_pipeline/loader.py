@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.batch_sizes import BatchSizes
-from data_pipeline.builders import Setting
 from data_pipeline.config import PhaseConfig
 from data_pipeline.following import wait_for_growth
 from data_pipeline.mixture import spread
@@ -81,13 +80,10 @@ class Loader:
             _weights(mixture, plan.schedule, store, split), plan.schedule,
             seed=seed, batch_sizes=self._batch_sizes, sequence_length=sequence_length,
         )  # fmt: skip
-        self._builder = plan.builder(
-            Setting(store=store, sequence_length=sequence_length, seed=seed, mask_documents=mask_documents)
-        )
+        self._builder = plan.builder(store, sequence_length=sequence_length, seed=seed, mask_documents=mask_documents)
         self._length = self._builder.length
         self._streams = [
-            plan.samples(store, name, split=split, sequence_length=self._length, seed=seed)
-            for name in self._schedule.sources
+            plan.samples(self._builder, store, name, split=split, seed=seed) for name in self._schedule.sources
         ]
         self._store = store
         self._split = split
@@ -303,8 +299,11 @@ def _fill(
     streams: Sequence[Samples],
     sources: NDArray[np.int64],
     ordinals: NDArray[np.int64],
+    *,
+    once: bool = False,
 ) -> NDArray[np.int64]:
-    """Reads the given samples of the given sources into some rows of `ids`; the last three are [rows].
+    """Reads the given samples of the given sources into some rows of `ids`; both are [rows]. `once`: labels beyond
+    the first pass do not count.
 
     Returns:
         How many labels of each row count, [rows].
@@ -312,7 +311,8 @@ def _fill(
     labels = np.zeros(len(rows), dtype=np.int64)
     for source in np.unique(sources).tolist():
         here = sources == source
-        ids[rows[here]], labels[here] = streams[source].read(ordinals[here])
+        stream = streams[source]
+        ids[rows[here]], labels[here] = stream.read_once(ordinals[here]) if once else stream.read(ordinals[here])
     return labels
 
 
@@ -345,13 +345,14 @@ def single_pass(
     tokens = tokens_by_source(store, split)
     if not tokens:
         raise UserError(f"the token store has no {split} documents: build it from more text")
-    builder = (plan or Plan()).builder(
-        Setting(store=store, sequence_length=sequence_length, seed=0, mask_documents=mask_documents)
-    )
-    length = builder.length
-    streams = [SourceStream(store, name, split=split, sequence_length=length, seed=None) for name in tokens]
-    totals = np.array(list(tokens.values()), dtype=np.int64)
-    sources, ordinals = spread(-(-totals // length), np.full(len(totals), 0.5))
+    builder = (plan or Plan()).builder(store, sequence_length=sequence_length, seed=0, mask_documents=mask_documents)
+    streams = [
+        builder.stream(store, name, split=split, seed=None)
+        or SourceStream(store, name, split=split, sequence_length=builder.length, seed=None)
+        for name in tokens
+    ]
+    samples = np.array([stream.samples_of_a_pass for stream in streams], dtype=np.int64)
+    sources, ordinals = spread(samples, np.full(len(samples), 0.5))
     in_store = np.array([store.sources.index(name) for name in tokens], dtype=np.int64)
     rows = rows_per_rank(global_batch_size, micro_batch_size, dp_size)
     slots = np.arange(dp_rank * rows, (dp_rank + 1) * rows)
@@ -360,10 +361,9 @@ def single_pass(
         sample_ids = np.full(rows, -1, dtype=np.int64)
         sample_ids[real] = first + slots[real]
         kinds, numbers = sources[sample_ids[real]], ordinals[sample_ids[real]]
-        ids = np.zeros((rows, length + 1), dtype=store.dtype)
-        _fill(ids, real, streams, kinds, numbers)
+        ids = np.zeros((rows, builder.length + 1), dtype=store.dtype)
         labels_in_row = np.zeros(rows, dtype=np.int64)
-        labels_in_row[real] = np.minimum(totals[kinds] - numbers * length, length)
+        labels_in_row[real] = _fill(ids, real, streams, kinds, numbers, once=True)
         source = np.full(rows, -1, dtype=np.int64)
         source[real] = in_store[kinds]
         batch = builder.batch(ids, sample_ids=sample_ids, labels_in_row=labels_in_row)

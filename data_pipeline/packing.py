@@ -12,6 +12,8 @@ The sequences of a window are made once; each pass takes them in another order. 
 pieces, so that its cost stays bounded: on web text 0.5 to 2 % of the labels are padding.
 """
 
+from typing import Any, Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -58,6 +60,14 @@ def best_fit(lengths: NDArray[np.int64], room: int, most: int) -> NDArray[np.int
     return bins
 
 
+class Packed(Protocol):
+    """The rows of one window."""
+
+    bins: int
+    labels: NDArray[np.int64]
+    """Tokens of the source in each, [bins]."""
+
+
 class _PackedWindow:
     """The sequences of one window."""
 
@@ -93,20 +103,32 @@ class PackedStream(Samples):
     """The samples of one source and split, packed by best fit; passes without end."""
 
     def __init__(
-        self, store: Store, source: str, *, split: str, sequence_length: int, seed: int, most: int | None
+        self, store: Store, source: str, *, split: str, sequence_length: int, seed: int | None, most: int | None
     ) -> None:
         """`most` documents, or pieces of them, stand in a sequence."""
         super().__init__(store, source, split=split, seed=seed)
         self._length = sequence_length
         self._most = most if most is not None else sequence_length
-        self._packed: list[_PackedWindow] = []
+        self._packed: list[Packed] = []
         self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
         self.grown()
 
     def grown(self) -> None:
         for window in self.windows[len(self._packed) :]:
-            self._packed.append(_PackedWindow(window, self._length, self._most))
+            self._packed.append(self.pack(window))
         self._ends = np.cumsum([0, *(packed.bins for packed in self._packed)])
+
+    def pack(self, window: Window) -> Packed:
+        """The rows of a window."""
+        return _PackedWindow(window, self._length, self._most)
+
+    def fill(self, packed: Any, number: int, row: NDArray[np.unsignedinteger], ordinal: int) -> None:
+        """Writes one of the rows of a window, which comes as the `ordinal`-th of the source."""
+        packed.fill(number, row, self.end_of_document)
+
+    @property
+    def samples_of_a_pass(self) -> int:
+        return int(self._ends[-1])
 
     @property
     def ready(self) -> int | None:
@@ -138,7 +160,7 @@ class PackedStream(Samples):
         ):
             packed = self._packed[number]
             chosen = int(self._order(number, epoch)[rest - self._ends[number]])
-            packed.fill(chosen, ids[row], self.end_of_document)
+            self.fill(packed, chosen, ids[row], int(ordinals[row]))
             labels[row] = packed.labels[chosen]
         return ids, labels
 
@@ -148,6 +170,8 @@ class PackedStream(Samples):
             while len(self._orders) > 2 * len(self._packed):
                 del self._orders[next(iter(self._orders))]
             bins = self._packed[window].bins
-            order = permutation(bins, "bins", *self.purpose(window), epoch, self._length)
-            self._orders[window, epoch] = order.astype(np.int64)
+            order = np.arange(bins)
+            if self._seed is not None:
+                order = permutation(bins, "bins", *self.purpose(window), epoch, self._length).astype(np.int64)
+            self._orders[window, epoch] = order
         return self._orders[window, epoch]

@@ -1,12 +1,13 @@
 """What the configuration asks of a loader beyond the mixture: later phases, packing, transforms, following."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from data_pipeline.builders import BUILDERS, CAUSAL, SampleBuilder, Setting
-from data_pipeline.config import DataConfig, FillInTheMiddleConfig, Packing, PhaseConfig
+from data_pipeline.builders import SampleBuilder, Setting
+from data_pipeline.config import DataConfig, FillInTheMiddleConfig, MaskingConfig, Packing, PhaseConfig
 from data_pipeline.following import Following
+from data_pipeline.forms import BUILDERS, CAUSAL
 from data_pipeline.middle import FillInTheMiddle
 from data_pipeline.packing import PackedStream
 from data_pipeline.samples import Samples, SourceStream
@@ -18,9 +19,10 @@ class Plan:
     """The plain loader, unless something else is said."""
 
     form: str = CAUSAL
-    """Of the samples: a name in `builders`."""
+    """Of the samples: a name in `forms`."""
     ramp: Sequence[tuple[int, int]] = ()
     """Sizes of the first global batches: pairs of a size and how many steps have it."""
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
     schedule: Sequence[PhaseConfig] = ()
     """Other mixtures and lengths from later steps on."""
     packing: Packing = Packing.concatenate
@@ -35,6 +37,7 @@ class Plan:
         """What a configuration says, for samples of a form."""
         return cls(
             form=form,
+            masking=config.masking,
             schedule=tuple(config.schedule),
             packing=config.packing,
             max_documents_per_sequence=config.max_documents_per_sequence,
@@ -42,12 +45,22 @@ class Plan:
             following=Following(limit_seconds=config.follow_seconds) if config.follow else None,
         )
 
-    def builder(self, setting: Setting) -> SampleBuilder:
+    def builder(self, store: Store, *, sequence_length: int, seed: int, mask_documents: bool) -> SampleBuilder:
         """What makes batches."""
+        setting = Setting(
+            store=store,
+            sequence_length=sequence_length,
+            seed=seed,
+            mask_documents=mask_documents,
+            masking=self.masking,
+        )
         return BUILDERS[self.form](setting)
 
-    def samples(self, store: Store, source: str, *, split: str, sequence_length: int, seed: int) -> Samples:
-        """The stream of a source."""
+    def samples(self, builder: SampleBuilder, store: Store, source: str, *, split: str, seed: int) -> Samples:
+        """The stream of a source for a builder."""
+        own, sequence_length = builder.stream(store, source, split=split, seed=seed), builder.length
+        if own is not None:
+            return own
         if self.packing is Packing.concatenate:
             return SourceStream(store, source, split=split, sequence_length=sequence_length, seed=seed)
         most = self.max_documents_per_sequence
@@ -62,7 +75,7 @@ class Plan:
         """What decides the samples of a position, for the loader's fingerprint; only what is not as it always was."""
         found: dict[str, Any] = {"packing": self.packing.value}
         if self.form != CAUSAL:
-            found["form"] = self.form
+            found |= {"form": self.form, "masking": asdict(self.masking)}
         if self.packing is Packing.best_fit and self.max_documents_per_sequence is not None:
             found["max_documents_per_sequence"] = self.max_documents_per_sequence
         if self.fill_in_the_middle is not None and self.fill_in_the_middle.rate:

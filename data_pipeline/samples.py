@@ -193,6 +193,15 @@ class Samples(ABC):
             many labels of each row count, from the left, [samples].
         """
 
+    @property
+    @abstractmethod
+    def samples_of_a_pass(self) -> int:
+        """Samples that together hold everything once."""
+
+    def read_once(self, ordinals: NDArray[np.int64]) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
+        """As `read`, of the first pass alone: what the last sample has of the second one does not count."""
+        return self.read(ordinals)
+
 
 class SourceStream(Samples):
     """The endless stream of one source and split, cut into samples."""
@@ -229,6 +238,14 @@ class SourceStream(Samples):
         # The last sample that begins in a window may stand anywhere among its samples, and reaches into the next one.
         edge = -(-int(self._ends[begun]) // self._length) * self._length
         return None if edge > self._ends[-1] else int(np.searchsorted(self._ends, edge, side="left"))
+
+    @property
+    def samples_of_a_pass(self) -> int:
+        return -(-self.tokens // self._length)
+
+    def read_once(self, ordinals: NDArray[np.int64]) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
+        ids, _ = self.read(ordinals)
+        return ids, np.minimum(self.tokens - ordinals * self._length, self._length)
 
     def tokens_before(self, count: int) -> int:
         return count * self._length

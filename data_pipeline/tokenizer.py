@@ -139,6 +139,19 @@ class Tokenizer:
         """xxh3-128 of the file that `save` writes."""
         return hash_bytes(self.to_json().encode())
 
+    def ids(self) -> dict[str, int]:
+        """Every token by its name, as the file writes it."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
+    def special_ids(self) -> set[int]:
+        """Ids that stand for no text."""
+        return {number for number, token in self._backend.get_added_tokens_decoder().items() if token.special}
+
+    @property
+    def byte_level(self) -> bool:
+        """Whether tokens are bytes, written in the alphabet of GPT-2."""
+        return '"ByteLevel"' in json.dumps(json.loads(self._backend.to_str())["decoder"])
+
     def token(self, number: int) -> str:
         """The name of an id in use."""
         name = self._backend.id_to_token(number)

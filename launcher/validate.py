@@ -15,7 +15,7 @@ from launcher.layout_rules import divisors, layout_problems, multiples, nearest
 from launcher.length_rules import length_problems
 from launcher.optimizer_rules import optimizer_problems
 from model import families
-from model.config import ModelConfig, Position, RopeScaling
+from model.config import ModelConfig, ObjectiveName, Position, RopeScaling
 from parallel.checkpoint.mirror import place
 from parallel.common.errors import ConfigError, Problem
 from parallel.config import BestMetric
@@ -109,11 +109,17 @@ def _run(config: RunConfig) -> Iterator[Problem]:
 
 
 def _objective(config: RunConfig) -> Iterator[Problem]:
-    wanted, legal = config.train.objective, families.family(config.model).objectives
+    family = families.family(config.model)
+    yield from family.problems(config.model)
+    wanted, legal = config.train.objective, family.objectives(config.model)
     if wanted is not None and wanted not in legal:
         named = " or ".join(name.value for name in legal)
-        said = f"{named}, by which a {config.model.family.value} is trained"
+        said = f"{named}, by which this {config.model.family.value} is trained"
         yield Problem(key="train.objective", got=wanted.value, legal=said)
+    if config.data.fill_in_the_middle.rate and families.objective(config.model, wanted) is not ObjectiveName.causal_lm:
+        legal_rate = "0 without train.objective=causal_lm, which alone predicts what follows"
+        got = config.data.fill_in_the_middle.rate
+        yield Problem(key="data.fill_in_the_middle.rate", got=got, legal=legal_rate)
 
 
 def _model(config: RunConfig) -> Iterator[Problem]:

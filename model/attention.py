@@ -13,7 +13,7 @@ because they restart at each document, so they differ from row to row.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -26,38 +26,58 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from model.config import ModelConfig
-from model.layer_context import LayerContext, Pieces
+from model.layer_context import Bias, LayerContext, Piece, Pieces
 from model.rope import rotate, score_scale
 from parallel.context import ContextParallel
 
 
-def find_pieces(document_ids: Tensor, chunks: Sequence[tuple[int, int]]) -> Pieces | None:
+def find_pieces(
+    document_ids: Tensor, chunks: Sequence[tuple[int, int]], *, prefix: Tensor | None = None, causal: bool = True
+) -> Pieces | None:
     """The pieces of [batch, sequence] ids on the CPU for the ranges of a row that a rank holds; None where each row is
-    one document and one piece."""
+    one document and one piece.
+
+    Args:
+        document_ids: rise within a row.
+        chunks: half-open ranges of a row.
+        prefix: [batch, sequence] bool, the beginning of each document that all of it sees; None: nothing.
+        causal: a token sees those before it, and a prefix; otherwise all of its document.
+    """
     batch, sequence = document_ids.shape
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     borders = starts.flatten().nonzero().flatten().tolist()
-    if len(borders) == batch and len(chunks) == 1:
+    if len(borders) == batch and len(chunks) == 1 and prefix is None:
         return None
     ends = [*borders[1:], batch * sequence]
     documents = [end - start for start, end in zip(borders, ends, strict=True)]
-    if len(chunks) == 1:
-        return Pieces(documents=documents, queries=[(length, index, length) for index, length in enumerate(documents)])
-    queries: list[tuple[int, int, int]] = []
+    shared = documents if not causal else [0] * len(documents)
+    if prefix is not None:
+        shared = [int(part.sum()) for part in prefix.flatten().split(documents)]
+    queries: list[Piece] = []
     for row in range(batch):
         for first, last in chunks:
             low, high = row * sequence + first, row * sequence + last
             index = bisect_right(borders, low) - 1
             while low < high:
                 stop = min(high, ends[index])
-                queries.append((stop - low, index, stop - borders[index]))
+                queries += _pieces(index, low - borders[index], stop - borders[index], shared[index])
                 low, index = stop, index + 1
     return Pieces(documents=documents, queries=queries)
 
 
+def _pieces(document: int, first: int, stop: int, shared: int) -> Iterator[Piece]:
+    """The queries `first` to `stop` - 1 of a document whose first `shared` tokens are seen by all of it."""
+    if first < shared:
+        stop_shared = min(stop, shared)
+        yield Piece(stop_shared - first, document, first, shared, False)
+        first = stop_shared
+    if first < stop:
+        yield Piece(stop - first, document, first, stop, True)
+
+
 class DocumentAttention(MegatronModule):
-    """Causal attention that never crosses a document border; megatron-core's `core_attention` slot."""
+    """Attention that never crosses a document border, causal or not; megatron-core's `core_attention` slot."""
 
     def __init__(
         self,
@@ -76,6 +96,7 @@ class DocumentAttention(MegatronModule):
         group = pg_collection.cp
         self.context = ContextParallel(rank=group.rank(), size=group.size(), group=group)
         self.window = description.window(layer_number - 1)
+        self.causal = attn_mask_type is AttnMaskType.causal
         self.local = description.rope_local_base is not None and self.window is not None
         self.scale = score_scale(description)
         self.softcap = description.attention_softcap
@@ -98,40 +119,54 @@ class DocumentAttention(MegatronModule):
         if rotation is not None:
             query, key = rotate(query, *rotation), rotate(key, *rotation)
         if tokens.pieces is None:
-            attended = self._attend(*(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)))
+            query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+            whole = Piece(query.shape[2], 0, 0, key.shape[2], self.causal)
+            attended = self._attend(query, key, value, whole, tokens.bias)
             return attended.permute(2, 0, 1, 3).flatten(2)
         if self.context.size > 1:
             sizes = (key.shape[-1], value.shape[-1])
             key, value = self.context.gather(torch.cat((key, value), dim=-1)).split(sizes, dim=-1)
-        return self._by_document(query, key, value, tokens.pieces)
+        return self._by_document(query, key, value, tokens.pieces, tokens.bias)
 
-    def _by_document(self, query: Tensor, key: Tensor, value: Tensor, pieces: Pieces) -> Tensor:
+    def _by_document(self, query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, bias: Bias | None) -> Tensor:
         """Queries of this rank, keys and values of whole rows, each [sequence, batch, heads, head_size]."""
         sequence, batch = query.shape[:2]
         keys, values = (tensor.transpose(0, 1).flatten(0, 1).split(pieces.documents) for tensor in (key, value))
-        queries = query.transpose(0, 1).flatten(0, 1).split([length for length, _, _ in pieces.queries])
-        attended = [
-            self._attend(
-                *(piece.transpose(0, 1)[None] for piece in (ours, keys[document][:seen], values[document][:seen]))
-            )[0].transpose(0, 1)
-            for ours, (_, document, seen) in zip(queries, pieces.queries, strict=True)
-        ]  # each [length, heads, head_size]
+        queries = query.transpose(0, 1).flatten(0, 1).split([piece.length for piece in pieces.queries])
+        attended = []  # each [length, heads, head_size]
+        for ours, piece in zip(queries, pieces.queries, strict=True):
+            own, seen, found = (
+                part.transpose(0, 1)[None]
+                for part in (ours, keys[piece.document][: piece.keys], values[piece.document][: piece.keys])
+            )
+            attended.append(self._attend(own, seen, found, piece, bias)[0].transpose(0, 1))
         return torch.cat(attended).view(batch, sequence, -1).transpose(0, 1)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[batch, heads, length, head_size], keys of the same or a greater length that ends where the queries end."""
-        length, seen = query.shape[2], key.shape[2]
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, piece: Piece, bias: Bias | None) -> Tensor:
+        """[batch, heads, length, head_size] and as many keys as the piece has."""
+        length, seen = piece.length, piece.keys
         whole = self.window is None or seen <= self.window
+        attend = partial(scaled_dot_product_attention, query, key, value, scale=self.scale, enable_gqa=self.grouped)
+        if bias is not None:
+            return attend(attn_mask=self._masked(bias(piece.start, length, seen), piece)[None])
+        if not piece.causal:
+            return attend()
         if self.softcap is not None:
             mask = _band(length, seen, self.window or seen, query.device)
             return self._attend_capped(query, key, value, mask, self.softcap)
-        attend = partial(scaled_dot_product_attention, query, key, value, scale=self.scale, enable_gqa=self.grouped)
         if whole and length == seen:
             return attend(is_causal=True)
         if whole:
             return attend(attn_mask=causal_lower_right(length, seen))
         assert self.window is not None
         return attend(attn_mask=_band(length, seen, self.window, query.device))
+
+    @staticmethod
+    def _masked(bias: Tensor, piece: Piece) -> Tensor:
+        """A bias [heads, length, keys] that no score behind its query passes."""
+        if not piece.causal:
+            return bias
+        return bias.masked_fill(~_band(piece.length, piece.keys, piece.keys, bias.device), -torch.inf)
 
     def _attend_capped(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, cap: float) -> Tensor:
         """With scores that never pass the cap; no fused kernel has them, so [length, keys] scores of a document are

@@ -6,6 +6,7 @@ the same description that checkpoints use.
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -15,13 +16,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
+from model.bert import MaskedLanguageModel
 from model.config import Activation, ModelConfig, Norm
-from model.language_model import CausalLanguageModel
+from model.families import Architecture, family
+from model.language_model import LanguageModel
 from parallel.config import Recompute
 from parallel.cpu import has_gpu
 from parallel.parameters import local_parameters
 from parallel.topology import Topology
 
+_CHUNKS: Mapping[Architecture, type[LanguageModel]] = {
+    Architecture.causal: LanguageModel,
+    Architecture.encoder: MaskedLanguageModel,
+}
 _ACTIVATIONS = {
     Activation.swiglu: silu,
     Activation.geglu: partial(gelu, approximate="tanh"),
@@ -122,7 +129,7 @@ def build(
     layer_config = transformer_config(config, dtype=dtype, topology=topology)
     chunks: list[torch.nn.Module] = []
     for index in range(topology.config.virtual_pipeline):
-        chunk = CausalLanguageModel(
+        chunk = _CHUNKS[family(config).architecture](
             layer_config,
             config,
             vocabulary_size=vocabulary_size,

@@ -21,6 +21,7 @@ class FamilyName(StrEnum):
     gemma3 = "gemma3_text"
     deepseek_v2 = "deepseek_v2"
     deepseek_v3 = "deepseek_v3"
+    bert = "bert"
 
 
 class ObjectiveName(StrEnum):
@@ -28,6 +29,10 @@ class ObjectiveName(StrEnum):
 
     causal_lm = "causal_lm"
     """Every token from those before it in its document."""
+    masked_lm = "masked_lm"
+    """Tokens that were covered, from all others of their document (BERT; Devlin et al., 2018, arXiv:1810.04805)."""
+    masked_lm_next_sentence = "masked_lm_next_sentence"
+    """The same over pairs of segments, and of each pair whether one follows the other in a document."""
 
 
 class Norm(StrEnum):
@@ -39,6 +44,15 @@ class Norm(StrEnum):
     """The same with a weight that is counted from one: zero leaves the size as it is (Gemma)."""
     layer = "layer"
     """Mean and variance, a weight and a bias (Ba et al., 2016, arXiv:1607.06450)."""
+
+
+class NormPlacement(StrEnum):
+    """Where a block has its norms."""
+
+    before = "before"
+    """Attention and MLP read the residual stream through a norm, and one stands behind the last block."""
+    after = "after"
+    """The sum that each of them makes is normed, and the embedding is (Vaswani et al., 2017; BERT)."""
 
 
 class Activation(StrEnum):
@@ -179,7 +193,7 @@ class LatentConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A causal Transformer, pre-norm; by default a Llama: RMSNorm, rotary positions, grouped queries, SwiGLU."""
+    """A Transformer; by default a Llama: RMSNorm, rotary positions, grouped queries, SwiGLU."""
 
     family: FamilyName = FamilyName.llama
     layers: int = MISSING
@@ -196,6 +210,7 @@ class ModelConfig:
     """Inner width of the MLP."""
     activation: Activation = Activation.swiglu
     norm: Norm = Norm.rms
+    norm_placement: NormPlacement = NormPlacement.before
     position: Position = Position.rope
     positions: int | None = None
     """Longest sequence that the model is made for: rows of the table of learned positions, and what an export says; by
@@ -224,6 +239,8 @@ class ModelConfig:
     scale_embeddings: bool = False
     """Embeddings are multiplied by the square root of hidden_size (Gemma)."""
     latent: LatentConfig = field(default_factory=LatentConfig)
+    next_sentence: bool = False
+    """A head that says of a pair of segments whether one follows the other in its document (BERT)."""
     dropout: float = 0.0
     """Share of elements dropped after the embedding and after each attention and MLP; the same ones in every layout."""
     moe: MoeConfig = field(default_factory=MoeConfig)

@@ -63,7 +63,7 @@ def drop(hidden: Tensor, keys: Tensor, *, stream: int, share: float) -> Tensor:
 
 
 class Residual(torch.nn.Module):
-    """Adds what attention or an MLP found to the residual stream: bias, dropout, sum.
+    """Adds what attention or an MLP found to the residual stream: bias, dropout, sum, and a norm of the sum if asked.
 
     It stands in megatron-core's bias-dropout-add slot. The block hands it the tokens before each forward pass, because
     that slot has no argument for them. Under sequence parallelism each tensor rank adds the bias to its own tokens, so
@@ -80,9 +80,12 @@ class Residual(torch.nn.Module):
         share: float,
         sequence_parallel: bool,
         norm: Callable[[Tensor], Tensor] | None = None,
+        sum_norm: torch.nn.Module | None = None,
     ) -> None:
+        """`norm` is applied to what was found, `sum_norm` to the sum."""
         super().__init__()
         self.norm = norm
+        self.sum_norm = sum_norm
         self.stream = stream
         self.share = share
         self.sequence_parallel = sequence_parallel
@@ -92,13 +95,16 @@ class Residual(torch.nn.Module):
         return self._add_in_training if training else self._add
 
     def _add(self, found: tuple[Tensor, Tensor | None], residual: Tensor, _: float) -> Tensor:
-        return residual + self._whole(found)
+        return self._normed(residual + self._whole(found))
 
     def _add_in_training(self, found: tuple[Tensor, Tensor | None], residual: Tensor, _: float) -> Tensor:
         change = self._whole(found)
         if self.tokens.dropout_keys is not None:
             change = drop(change, self.tokens.dropout_keys, stream=self.stream, share=self.share)
-        return residual + change
+        return self._normed(residual + change)
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        return hidden if self.sum_norm is None else self.sum_norm(hidden)
 
     def _whole(self, found: tuple[Tensor, Tensor | None]) -> Tensor:
         change, bias = found

@@ -6,6 +6,7 @@ few lines that pretraining needs, with positions and document borders per token.
 
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -19,8 +20,12 @@ from model.specs import layer_pattern, transformer_stack
 from parallel.topology import Topology
 
 
-class CausalLanguageModel(HybridModel):
-    """One chunk: the embedding on the first, the output layer on the last, its share of the layers on each."""
+class LanguageModel(HybridModel):
+    """One chunk of a causal language model, and of what others change a little: the embedding on the first, the output
+    layer on the last, its share of the layers on each."""
+
+    mask = AttnMaskType.causal
+    """What a token sees of its document: `causal`, or all of it (`padding`)."""
 
     def __init__(
         self,
@@ -38,7 +43,7 @@ class CausalLanguageModel(HybridModel):
         split = layout.pipeline_split or [config.layers // chunks] * chunks
         super().__init__(
             layer_config,
-            hybrid_stack_spec=transformer_stack(config),
+            hybrid_stack_spec=transformer_stack(config, self.mask),
             vocab_size=vocabulary_size,
             max_sequence_length=config.positions or sequence_length,
             hybrid_layer_pattern=layer_pattern(config, split),
@@ -61,28 +66,37 @@ class CausalLanguageModel(HybridModel):
             self.rotary = rotary_table(config, sequence_length=sequence_length, dtype=dtype)
             self.local_rotary = local_rotary_table(config, sequence_length=sequence_length, dtype=dtype)
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, batch: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """A batch (INTERFACES, cut by `ContextParallel.cut`), on the CPU or the device: `tokens` and `positions`
         [batch, sequence / context], `document_ids` [batch, sequence]; in training with dropout `sample_ids`, with
         experts `loss_weights` and `loss_factor`.
 
         Returns:
-            The logits [sequence / context, batch, vocabulary / tensor] on the last chunk; else hidden states
+            What `predict` gives on the last chunk; else hidden states
             [sequence / context (/ tensor under sequence parallelism), batch, hidden].
         """
         context = self._context(batch)
-        hidden = None
-        if self.pre_process:
-            device = self.topology.device
-            tokens = batch["tokens"].to(device, non_blocking=True)
-            hidden = self.embedding(input_ids=tokens, position_ids=batch["positions"].to(device, non_blocking=True))
-            if self.description.scale_embeddings:
-                hidden = hidden * self.description.hidden_size**0.5
-            if context.dropout_keys is not None:
-                hidden = drop(hidden, context.dropout_keys, stream=0, share=self.description.dropout)
+        hidden = self.embed(batch, context) if self.pre_process else None
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=context)
-        if not self.post_process:
+        return self.predict(hidden) if self.post_process else hidden
+
+    def embed(self, batch: dict[str, Tensor], context: LayerContext) -> Tensor:
+        """Hidden states [own, batch, hidden] (`LayerContext`) of a batch's tokens."""
+        device = self.topology.device
+        tokens = batch["tokens"].to(device, non_blocking=True)
+        hidden = self.embedding(input_ids=tokens, position_ids=batch["positions"].to(device, non_blocking=True))
+        if self.description.scale_embeddings:
+            hidden = hidden * self.description.hidden_size**0.5
+        return self.dropped(hidden, context)
+
+    def dropped(self, hidden: Tensor, context: LayerContext) -> Tensor:
+        """Embedded tokens, some elements dropped."""
+        if context.dropout_keys is None:
             return hidden
+        return drop(hidden, context.dropout_keys, stream=0, share=self.description.dropout)
+
+    def predict(self, hidden: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The logits [sequence / context, batch, vocabulary / tensor] of what the last block gives, first."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden, weight=weight)
         cap = self.description.logit_softcap
@@ -96,19 +110,21 @@ class CausalLanguageModel(HybridModel):
         sequence = batch["document_ids"].shape[1]
         if self.training and self.description.dropout:
             places = held.part(torch.arange(sequence, device=device))
-            keys = self._own(token_keys(self.seed, batch["sample_ids"].to(device, non_blocking=True), places))
+            keys = self.own(token_keys(self.seed, batch["sample_ids"].to(device, non_blocking=True), places))
         if self.training and self.description.moe.experts:
-            weights = self._own(batch["loss_weights"].to(device, non_blocking=True).T)
+            weights = self.own(batch["loss_weights"].to(device, non_blocking=True).T)
         return LayerContext(
             rotation=rotation,
             local_rotation=local,
-            pieces=find_pieces(batch["document_ids"].cpu(), held.chunks(sequence)),
+            pieces=find_pieces(
+                batch["document_ids"].cpu(), held.chunks(sequence), causal=self.mask is AttnMaskType.causal
+            ),
             dropout_keys=keys,
             weights=weights,
             loss_factor=batch.get("loss_factor"),
         )
 
-    def _own(self, tokens: Tensor) -> Tensor:
+    def own(self, tokens: Tensor) -> Tensor:
         """Of [sequence, batch] what this tensor rank holds between the matrices."""
         if not self.topology.sequence_parallel:
             return tokens

@@ -4,20 +4,37 @@ It travels in the slot that megatron-core passes, untouched, from the model to e
 (`packed_seq_params`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
+
+Bias = Callable[[int, int, int], Tensor]
+"""(first query, queries, keys) of a document -> what is added to their scores, [heads, queries, keys]."""
+
+
+class Piece(NamedTuple):
+    """Some queries that follow each other, and the keys that they attend to: the first of a document."""
+
+    length: int
+    """Queries."""
+    document: int
+    start: int
+    """Place of the first query in its document."""
+    keys: int
+    causal: bool
+    """Whether each query sees the keys up to its own place, the last one all `keys`; otherwise each sees all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pieces:
-    """How a micro-batch falls into causal attentions that do not cross a document."""
+    """How a micro-batch falls into attentions that do not cross a document."""
 
     documents: list[int]
-    """Lengths of the documents of the flattened [batch, sequence], over whole rows."""
-    queries: list[tuple[int, int, int]]
-    """This rank's queries in their order, [batch, sequence / context] flattened: (length, document, keys), where they
-    are the last `length` of the first `keys` tokens of the document."""
+    """Lengths of the documents of the flattened [batch, sequence] of the keys, over whole rows."""
+    queries: list[Piece]
+    """This rank's queries in their order, [batch, sequence / context] flattened."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,5 +55,7 @@ class LayerContext:
     """[own, batch] float32: how much each token's loss counts; None where nothing in a layer asks."""
     loss_factor: Tensor | None
     """[] by what a loss that a layer adds is to be multiplied; None outside of training."""
+    bias: Bias | None = None
+    """What the places of a query and a key add to their score; None where positions are told otherwise."""
     qkv_format: str = "sbhd"
     """Read by megatron-core: activations keep their [sequence, batch, head, head_size] shape."""

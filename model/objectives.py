@@ -108,6 +108,59 @@ class Prediction:
         return loss, weights.sum(), {"z_loss": torch.stack((squares, weights.sum()))}
 
 
+class MaskedPrediction:
+    """`Prediction` of the covered tokens by a model that gives its logits first, and which of them were right."""
+
+    def __init__(self, *, z_loss: float = 0.0) -> None:
+        self._prediction = Prediction(z_loss=z_loss)
+        self.reports: Sequence[str] = ("masked_loss", *self._prediction.reports)
+
+    def __call__(
+        self, outputs: tuple[Tensor, ...], batch: Mapping[str, Tensor], tensor_group: ProcessGroup
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(Logits [sequence, batch, vocabulary / tensor], ...) -> loss sum [], weight sum [], what it reports."""
+        loss, weight, reported = self._prediction(outputs[0], batch, tensor_group)
+        plain = loss
+        if torch.is_grad_enabled() and "z_loss" in reported:
+            plain = loss - self._prediction.z_loss * reported["z_loss"][0]
+        return loss, weight, {"masked_loss": torch.stack((plain, weight)).detach(), **reported}
+
+
+class MaskedPredictionAndNextSentence:
+    """The mean over covered tokens plus the mean over pairs of segments, each over the whole global batch.
+
+    The engine divides one sum by one count, that of the tokens; so the pairs' sum is brought to their scale first.
+    """
+
+    def __init__(self, *, z_loss: float = 0.0) -> None:
+        self._masked = MaskedPrediction(z_loss=z_loss)
+        self.reports: Sequence[str] = (*self._masked.reports, "next_sentence_loss", "next_sentence_accuracy")
+
+    def __call__(
+        self, outputs: tuple[Tensor, ...], batch: Mapping[str, Tensor], tensor_group: ProcessGroup
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(Logits, answers [batch, 2]); the batch has `next_sentence` and `next_sentence_weights`, [batch]."""
+        loss, weight, reported = self._masked(outputs, batch, tensor_group)
+        answers = _exact(outputs[1])
+        truth = batch["next_sentence"].to(answers.device, non_blocking=True)
+        weights = batch["next_sentence_weights"].to(answers.device, non_blocking=True)
+        pairs = (cross_entropy(answers, truth, reduction="none") * weights).sum()
+        right = ((answers.argmax(dim=-1) == truth) * weights).sum()
+        scale = batch["loss_weights_sum"] / batch["next_sentence_weights_sum"].clamp(min=1e-12)
+        reported |= {
+            "next_sentence_loss": torch.stack((pairs, weights.sum())).detach(),
+            "next_sentence_accuracy": torch.stack((right, weights.sum())),
+        }
+        return loss + pairs * scale.to(pairs.dtype), weight, reported
+
+
+_MAKERS: Mapping[ObjectiveName, type[Prediction | MaskedPrediction | MaskedPredictionAndNextSentence]] = {
+    ObjectiveName.causal_lm: Prediction,
+    ObjectiveName.masked_lm: MaskedPrediction,
+    ObjectiveName.masked_lm_next_sentence: MaskedPredictionAndNextSentence,
+}
+
+
 def objective(name: ObjectiveName, *, z_loss: float = 0.0) -> Objective:
     """The objective of a name."""
-    return {ObjectiveName.causal_lm: Prediction}[name](z_loss=z_loss)
+    return _MAKERS[name](z_loss=z_loss)

@@ -6,6 +6,7 @@ arXiv:2204.02311, appendix B.
 """
 
 from model.config import ModelConfig, Norm, Position
+from model.families import family
 
 
 def head_size(config: ModelConfig) -> int:
@@ -67,7 +68,8 @@ def parameter_count(config: ModelConfig, vocabulary_size: int, sequence_length: 
     norms = (in_a_block * config.layers + 1) * config.hidden_size * (2 if config.norm is Norm.layer else 1)
     if config.position is Position.learned:
         norms += (config.positions or sequence_length) * config.hidden_size
-    embeddings = vocabulary_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    beside = family(config).beside(config, vocabulary_size)
+    embeddings = vocabulary_size * config.hidden_size * (1 if config.tie_embeddings else 2) + beside
     if config.moe.expert_bias:
         norms += config.moe.experts * sum(_has_experts(config, layer) for layer in range(config.layers))
     return _matrices(config, active=False) + config.layers * _biases_and_head_norms(config) + norms + embeddings

@@ -1,4 +1,4 @@
-"""The layers of a causal Transformer as megatron-core specs, from parts that run everywhere.
+"""The layers of a Transformer as megatron-core specs, from parts that run everywhere.
 
 A pattern symbol of megatron-core's hybrid stack is a whole Transformer layer here (attention and MLP), so that layers
 are blocks: their numbers, their share in a pipeline and their recomputation all count the same thing.
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm
 
 from model.attention import DocumentAttention
-from model.config import ModelConfig
+from model.config import ModelConfig, NormPlacement
 from model.dropout import Residual
 from model.latent_attention import LatentAttention
 from model.moe import Router, mixture
@@ -71,18 +71,21 @@ class LayerNorm(torch.nn.Module):
         return layer_norm(hidden, self.weight.shape, weight, bias, self.eps)
 
 
-def _norm(config: TransformerConfig, hidden_size: int, eps: float) -> RMSNorm | LayerNorm:
+def norm(config: TransformerConfig, hidden_size: int, eps: float) -> RMSNorm | LayerNorm:
     return (RMSNorm if config.normalization == "RMSNorm" else LayerNorm)(config, hidden_size, eps)
 
 
 class TransformerStack(HybridStack):
     """megatron-core's hybrid stack with our norm at its end; upstream's asks for Transformer Engine's by name."""
 
-    def __init__(self, config: TransformerConfig, submodules: HybridStackSubmodules, **options: object) -> None:
+    def __init__(
+        self, config: TransformerConfig, submodules: HybridStackSubmodules, *, normed: bool, **options: object
+    ) -> None:
+        """`normed`: a norm stands behind the last block."""
         super().__init__(config, submodules, post_layer_norm=False, **options)  # type: ignore[arg-type]
-        self.post_layer_norm = self.post_process
-        if self.post_process:
-            self.final_norm = _norm(config, config.hidden_size, config.layernorm_epsilon)
+        self.post_layer_norm = self.post_process and normed
+        if self.post_layer_norm:
+            self.final_norm = norm(config, config.hidden_size, config.layernorm_epsilon)
 
 
 class HeadNorm(RMSNorm):
@@ -97,16 +100,28 @@ class Block(TransformerLayer):
     """megatron-core's layer; hands what it knows of the tokens to those of its parts that have no argument for it."""
 
     def __init__(
-        self, config: TransformerConfig, submodules: TransformerLayerSubmodules, *, post_norms: bool, **options: Any
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        *,
+        post_norms: bool,
+        sum_norms: bool,
+        **options: Any,
     ) -> None:
+        """`post_norms`: what attention and MLP found is normed; `sum_norms`: each sum into the residual stream is."""
         super().__init__(config, submodules, **options)
         self.post_attention_layernorm = self.post_mlp_layernorm = None
         if post_norms:
-            self.post_attention_layernorm = _norm(config, config.hidden_size, config.layernorm_epsilon)
-            self.post_mlp_layernorm = _norm(config, config.hidden_size, config.layernorm_epsilon)
+            self.post_attention_layernorm = norm(config, config.hidden_size, config.layernorm_epsilon)
+            self.post_mlp_layernorm = norm(config, config.hidden_size, config.layernorm_epsilon)
         residual = partial(Residual, share=config.hidden_dropout, sequence_parallel=config.sequence_parallel)
-        self.self_attn_bda = residual(stream=2 * self.layer_number, norm=_calling(self.post_attention_layernorm))
-        self.mlp_bda = residual(stream=2 * self.layer_number + 1, norm=_calling(self.post_mlp_layernorm))
+        norms = [norm(config, config.hidden_size, config.layernorm_epsilon) if sum_norms else None for _ in range(2)]
+        self.self_attn_bda = residual(
+            stream=2 * self.layer_number, norm=_calling(self.post_attention_layernorm), sum_norm=norms[0]
+        )
+        self.mlp_bda = residual(
+            stream=2 * self.layer_number + 1, norm=_calling(self.post_mlp_layernorm), sum_norm=norms[1]
+        )
         routers = [part for part in self.modules() if isinstance(part, Router)]
         self._told = (self.self_attn_bda, self.mlp_bda, *routers)
 
@@ -117,9 +132,9 @@ class Block(TransformerLayer):
         return super().forward(*arguments, packed_seq_params=packed_seq_params, **options)
 
 
-def _calling(norm: torch.nn.Module | None) -> Callable[[Tensor], Tensor] | None:
+def _calling(found: torch.nn.Module | None) -> Callable[[Tensor], Tensor] | None:
     """The norm as a function, which a module that holds it does not register once more."""
-    return None if norm is None else norm.__call__
+    return None if found is None else found.__call__
 
 
 class ParallelBlock(Block):
@@ -140,13 +155,13 @@ class ParallelBlock(Block):
         return super()._forward_pre_mlp_layernorm(self._entered)
 
 
-def _attention(config: ModelConfig) -> ModuleSpec:
+def _attention(config: ModelConfig, mask: AttnMaskType) -> ModuleSpec:
     if config.latent.kv_rank is not None:
         return ModuleSpec(module=LatentAttention, params={"description": config, "norm": RMSNorm})
     head_norm = HeadNorm if config.qk_norm else IdentityOp
     return ModuleSpec(
         module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        params={"attn_mask_type": mask},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
             core_attention=partial(DocumentAttention, description=config),  # pyright: ignore[reportArgumentType]
@@ -157,28 +172,31 @@ def _attention(config: ModelConfig) -> ModuleSpec:
     )
 
 
-def _block(config: ModelConfig, mlp: Any) -> ModuleSpec:
-    """Pre-norm attention, and an MLP or a mixture of them."""
+def _block(config: ModelConfig, mlp: Any, mask: AttnMaskType) -> ModuleSpec:
+    """Attention, and an MLP or a mixture of them."""
+    after = config.norm_placement is NormPlacement.after
+    before = IdentityOp if after else norm
     return ModuleSpec(
         module=ParallelBlock if config.parallel_residual else Block,
-        params={"post_norms": config.post_norms},
+        params={"post_norms": config.post_norms, "sum_norms": after},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=_norm,
-            self_attention=_attention(config),
-            pre_mlp_layernorm=_norm,
+            input_layernorm=before,
+            self_attention=_attention(config, mask),
+            pre_mlp_layernorm=before,
             mlp=mlp,
         ),
     )
 
 
-def transformer_stack(config: ModelConfig) -> ModuleSpec:
-    """The stack whose every symbol is one block, `DENSE` or `EXPERTS`."""
+def transformer_stack(config: ModelConfig, mask: AttnMaskType = AttnMaskType.causal) -> ModuleSpec:
+    """The stack whose every symbol is one block, `DENSE` or `EXPERTS`; `mask` causal, or padding: all of a document."""
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return ModuleSpec(
         module=TransformerStack,
+        params={"normed": config.norm_placement is NormPlacement.before},
         submodules=HybridStackSubmodules(
-            attention_layer=_block(config, partial(MLP.as_mlp_submodule, submodules=linears)),
-            moe_layer=_block(config, mixture(linears, config.moe)),
+            attention_layer=_block(config, partial(MLP.as_mlp_submodule, submodules=linears), mask),
+            moe_layer=_block(config, mixture(linears, config.moe), mask),
         ),
     )
 

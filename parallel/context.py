@@ -14,8 +14,10 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-CUT = ("tokens", "labels", "loss_weights", "positions")
+CUT = ("tokens", "labels", "loss_weights", "positions", "segment_ids")
 """The fields of a batch, [batch, sequence], of which a rank needs its own tokens only; the others stay whole."""
+OF_ROWS = ("next_sentence_weights",)
+"""Weights of what is said of a row as a whole, by its first token, [batch]: zero on the ranks that do not hold it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +37,10 @@ class ContextParallel:
 
     def cut(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's part of a batch: the fields of `CUT` become [batch, sequence / size]."""
-        return {name: self.part(tensor) if name in CUT else tensor for name, tensor in batch.items()}
+        parts = {name: self.part(tensor) if name in CUT else tensor for name, tensor in batch.items()}
+        if self.rank:
+            parts |= {name: torch.zeros_like(parts[name]) for name in OF_ROWS if name in parts}
+        return parts
 
     def part(self, tensor: Tensor) -> Tensor:
         """This rank's part of [..., sequence]."""

@@ -44,8 +44,9 @@ class Objective(Protocol):
         """Names of what it measures beside the loss; the same on all ranks."""
         ...
 
-    def __call__(self, outputs: Tensor, batch: Batch, tensor_group: Any, /) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """A loss sum [], its weight sum [], and for each of `reports` a sum and its weight, [2]."""
+    def __call__(self, outputs: Any, batch: Batch, tensor_group: Any, /) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """From what the model gives: a loss sum [], its weight sum [], and for each of `reports` a sum and its weight,
+        [2]. The batch has, beside its own fields, the global sum of each of its weights under `NAME_sum`."""
         ...
 
 
@@ -176,7 +177,7 @@ class Engine:
         weight = self._weight(batch)
         self._gradient_factor = self.updater.gradient_scale / weight.clamp(min=1e-12)
         with self.updater.accumulation():
-            sums = self._run(batch, forward_only=False)
+            sums = self._run(batch, self._weight_sums(batch, weight), forward_only=False)
             ran = time.perf_counter()
         reduced = time.perf_counter()
         found = self._result(sums, weight)
@@ -190,7 +191,7 @@ class Engine:
         batch = self.topology.context.cut(batch)
         weight = self._weight(batch)
         self.updater.module.train(False)
-        sums = self._run(batch, forward_only=True)
+        sums = self._run(batch, self._weight_sums(batch, weight), forward_only=True)
         self.updater.module.train(True)
         found = self._result(sums, weight)
         return replace(found, seconds={"forward_backward": time.perf_counter() - started})
@@ -220,11 +221,21 @@ class Engine:
         dist.all_reduce(weight, group=self.topology.data_parallel_group)
         return weight
 
-    def _run(self, batch: Batch, *, forward_only: bool) -> Tensor:
+    def _weight_sums(self, batch: Batch, weight: Tensor) -> dict[str, Tensor]:
+        """The sum of each field of weights over the global batch, `weight` being that of the tokens."""
+        others = sorted(name for name in batch if name.endswith("_weights") and name != "loss_weights")
+        sums = {"loss_weights_sum": weight}
+        if others:
+            own = torch.stack([batch[name].sum(dtype=torch.float64) for name in others]).to(self.topology.device)
+            dist.all_reduce(own, group=self.topology.data_parallel_group)
+            sums |= {f"{name}_sum": total for name, total in zip(others, own, strict=True)}
+        return sums
+
+    def _run(self, batch: Batch, weight_sums: Batch, *, forward_only: bool) -> Tensor:
         """All micro-batches through the schedule; the sum of the losses, then the pairs of sums that the objective
         reports, [1 + 2 x reports] (zero but on the last stage)."""
         micro_batches = [
-            {**dict(zip(batch, rows, strict=True)), "loss_factor": self._gradient_factor}
+            {**dict(zip(batch, rows, strict=True)), "loss_factor": self._gradient_factor, **weight_sums}
             for rows in zip(*(tensor.split(self._micro_batch_size) for tensor in batch.values()), strict=True)
         ]
         outputs = self._forward_backward(
@@ -241,7 +252,7 @@ class Engine:
         batch = next(micro_batches)
         return stage(batch), partial(self._loss, batch)
 
-    def _loss(self, batch: Batch, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss(self, batch: Batch, outputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """What the schedule asks of the last stage: a loss to differentiate, a count (unused), what to report."""
         loss_sum, _, reported = self._objective(outputs, batch, self.topology.groups.tp)
         pairs = [reported[name].detach().double() for name in self._objective.reports]

@@ -39,6 +39,7 @@ from deepspeed.utils import (
 )
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
+from torch.autograd.graph import register_multi_grad_hook
 from torch.distributed import ProcessGroup
 
 from parallel.config import OptimizerConfig
@@ -200,18 +201,20 @@ class ZeroUpdater:
             create_state(self._zero.optimizer)
             self._zero._lazy_init_hp_params_optimizer_state()
 
-    def _reset_at_backward(self, _module: torch.nn.Module, _inputs: Any, output: Tensor) -> None:
+    def _reset_at_backward(self, _module: torch.nn.Module, _inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
         """Before DeepSpeed sees the gradient of an output, makes it count that backward as a new one, scaled by us."""
         state = self._zero._backward_hook_state
 
-        def reset(gradient: Tensor) -> Tensor:
+        def reset(_: Tensor) -> None:
             state.backward_active_depth = 0
             state.reset_for_new_step()
             self._engine._manual_backward_expected = True
-            return gradient
 
-        if output.requires_grad:
-            output.register_hook(reset)
+        outputs = [tensor for tensor in ((output,) if isinstance(output, Tensor) else output) if tensor.requires_grad]
+        if len(outputs) == 1:
+            outputs[0].register_hook(reset)
+        elif outputs:  # once, before the first of them
+            register_multi_grad_hook(outputs, reset, mode="any")
 
     @contextmanager
     def accumulation(self) -> Iterator[None]:

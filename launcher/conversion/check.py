@@ -1,13 +1,15 @@
 """The proof of a conversion: our model and that of `transformers` compute the same logits from the same weights."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from model import families
 from model.build import build
 from model.config import ModelConfig
 from parallel.common.errors import UserError
@@ -26,6 +28,63 @@ TOLERANCE = 1e-4
 _ROWS, _LENGTH = 2, 32
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Comparison:
+    """How both sides of an architecture are asked for the same numbers."""
+
+    batch: Callable[[int, int], dict[str, Tensor]]
+    """Random rows of a vocabulary's and a sequence's size, as our model reads them."""
+    ours: Callable[[Any, int], list[Tensor]]
+    """From what our model gives, and the rows of the vocabulary: what `theirs` gives."""
+    theirs: Callable[[Path, dict[str, Tensor]], list[Tensor]]
+
+
+def _random_batch(rows: int, length: int) -> dict[str, Tensor]:
+    tokens = torch.randint(0, rows, (_ROWS, length), generator=torch.Generator().manual_seed(0))
+    return {
+        "tokens": tokens,
+        "positions": torch.arange(length).repeat(_ROWS, 1),
+        "document_ids": torch.zeros(tokens.shape, dtype=torch.int32),
+    }
+
+
+def _causal_logits(theirs: Path, batch: dict[str, Tensor]) -> list[Tensor]:
+    # `eager`, because other kernels of theirs leave out what they cannot do (a soft-cap) without a word.
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        theirs, dtype=torch.float32, attn_implementation="eager"
+    )
+    return [reference.eval()(batch["tokens"]).logits]
+
+
+def _random_pairs(rows: int, length: int) -> dict[str, Tensor]:
+    batch = _random_batch(rows, length)
+    return batch | {"segment_ids": (batch["positions"] > length // 2).long()}
+
+
+def _encoder_outputs(outputs: tuple[Tensor, ...], rows: int) -> list[Tensor]:
+    """Logits, and of a pair that it follows and that it does not, as theirs has it."""
+    return [outputs[0].transpose(0, 1)[..., :rows].cpu(), *(answers.flip(-1).cpu() for answers in outputs[1:])]
+
+
+def _encoder_logits(theirs: Path, batch: dict[str, Tensor]) -> list[Tensor]:
+    named = transformers.AutoConfig.from_pretrained(theirs).architectures or ()
+    pairs = not any(name.endswith("ForMaskedLM") for name in named)
+    kind = transformers.AutoModelForPreTraining if pairs else transformers.AutoModelForMaskedLM
+    reference = kind.from_pretrained(theirs, dtype=torch.float32).eval()
+    found = reference(batch["tokens"], token_type_ids=batch["segment_ids"])
+    return [found.prediction_logits, found.seq_relationship_logits] if pairs else [found.logits]
+
+
+_COMPARISONS: Mapping[families.Architecture, _Comparison] = {
+    families.Architecture.causal: _Comparison(
+        batch=_random_batch,
+        ours=lambda outputs, rows: [outputs.transpose(0, 1)[..., :rows].cpu()],
+        theirs=_causal_logits,
+    ),
+    families.Architecture.encoder: _Comparison(batch=_random_pairs, ours=_encoder_outputs, theirs=_encoder_logits),
+}
 
 
 def missing_transformers() -> None:
@@ -51,17 +110,15 @@ def compare_logits(model: ModelConfig, weights: Mapping[str, Tensor], theirs: Pa
     Raises:
         UserError: the logits differ; it says by how much.
     """
-    length = min(_LENGTH, sequence_length, model.positions or sequence_length)
     rows = model.unpadded_vocabulary_size or model.vocabulary_size
     assert rows is not None
-    tokens = torch.randint(0, rows, (_ROWS, length), generator=torch.Generator().manual_seed(0))
-    ours = _our_logits(model, weights, tokens, sequence_length=sequence_length)[..., :rows]
-    # `eager`, because other kernels of theirs leave out what they cannot do (a soft-cap) without a word.
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        theirs, dtype=torch.float32, attn_implementation="eager"
+    comparison = _COMPARISONS[families.family(model).architecture]
+    batch = comparison.batch(rows, min(_LENGTH, sequence_length, model.positions or sequence_length))
+    ours = comparison.ours(_our_outputs(model, weights, batch, sequence_length=sequence_length), rows)
+    expected = comparison.theirs(theirs, batch)
+    difference = max(
+        float((one - other).abs().max() / other.abs().max()) for one, other in zip(ours, expected, strict=True)
     )
-    expected = reference.eval()(tokens).logits
-    difference = float((ours - expected).abs().max() / expected.abs().max())
     logger.info("logits: ours and those of transformers differ by %.1e of the largest", difference)
     if not difference <= TOLERANCE:
         raise UserError(
@@ -70,8 +127,10 @@ def compare_logits(model: ModelConfig, weights: Mapping[str, Tensor], theirs: Pa
         )
 
 
-def _our_logits(model: ModelConfig, weights: Mapping[str, Tensor], tokens: Tensor, *, sequence_length: int) -> Tensor:
-    """[batch, sequence, vocabulary], on the CPU."""
+def _our_outputs(
+    model: ModelConfig, weights: Mapping[str, Tensor], batch: dict[str, Tensor], *, sequence_length: int
+) -> Tensor | tuple[Tensor, ...]:
+    """What our model gives."""
     topology = Topology.create(ParallelConfig())
     assert model.vocabulary_size is not None
     (chunk,) = build(
@@ -87,9 +146,4 @@ def _our_logits(model: ModelConfig, weights: Mapping[str, Tensor], tokens: Tenso
             described = shard.description
             value = weights[described.key][described.global_slice()]
             shard.of(local.parameter.data).copy_(value.view(described.local_shape))
-    batch = {
-        "tokens": tokens,
-        "positions": torch.arange(tokens.shape[1]).repeat(len(tokens), 1),
-        "document_ids": torch.zeros(tokens.shape, dtype=torch.int32),
-    }
-    return chunk.eval()(batch).transpose(0, 1).cpu()
+    return chunk.eval()(batch)

@@ -29,7 +29,7 @@ from launcher.runtime import in_ranks
 from launcher.verbs.conversion import ImportJob
 from launcher.work import Ranks
 from model.config import ModelConfig
-from model.hf.families import FAMILIES, model_values
+from model.hf.families import FAMILIES, family_of, model_values
 from model.hf.pairs import Pair
 from model.size import parameter_count
 from parallel.checkpoint.manifest import STATE, TENSORS, FileRecord, Manifest, fingerprint, step_name, versions
@@ -48,13 +48,14 @@ logger = logging.getLogger(__name__)
 class _Files:
     """The tensors of a directory of safetensors, by name."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, old_names: Mapping[str, str]) -> None:
+        """`old_names`: ends of names that are read as others."""
         files = sorted(directory.glob("*.safetensors"))
         if not files:
             pickled = sorted(path.name for path in directory.glob("*.bin"))
             hint = f": {pickled[0]} would run code when it is read; convert it to safetensors first" if pickled else ""
             raise UserError(f"{directory} has no *.safetensors{hint}.")
-        self._files = {name: file for file in files for name in self._names(file)}
+        self._files = {_today(name, old_names): (file, name) for file in files for name in self._names(file)}
 
     @staticmethod
     def _names(file: Path) -> list[str]:
@@ -69,12 +70,21 @@ class _Files:
         return set(self._files)
 
     def shape(self, name: str) -> list[int]:
-        with safe_open(self._files[name], framework="pt") as content:
-            return content.get_slice(name).get_shape()
+        file, stored = self._files[name]
+        with safe_open(file, framework="pt") as content:
+            return content.get_slice(stored).get_shape()
 
     def read(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as content:
-            return content.get_tensor(name).float()
+        file, stored = self._files[name]
+        with safe_open(file, framework="pt") as content:
+            return content.get_tensor(stored).float()
+
+
+def _today(name: str, old_names: Mapping[str, str]) -> str:
+    for old, new in old_names.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
 
 
 def work(job: ImportJob) -> int:
@@ -87,8 +97,8 @@ def _imported(job: ImportJob, ranks: Ranks) -> Outcome:
         missing_transformers()
     found = _read_json(job.source / "config.json")
     tokenizer = Tokenizer.load(job.source) if (job.source / "tokenizer.json").is_file() else None
-    model = _model(found, tokenizer)
-    files = _Files(job.source)
+    files = _Files(job.source, family_of(found).old_names)
+    model = _model(found, files, tokenizer)
     pairs = _checked_pairs(job.source, model, files)
     config = _run_config(job, model)
     beside = job.output.with_name(f".{job.output.name}.writing")
@@ -121,9 +131,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _model(found: Mapping[str, Any], tokenizer: Tokenizer | None) -> ModelConfig:
+def _model(found: Mapping[str, Any], files: _Files, tokenizer: Tokenizer | None) -> ModelConfig:
     """The model, with a vocabulary that has room for the tokens that our pipeline adds to the tokenizer."""
-    model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), model_values(found)))
+    model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), model_values(found, files.names)))
     assert isinstance(model, ModelConfig)
     assert model.vocabulary_size is not None
     if tokenizer is None or tokenizer.vocabulary_size <= model.vocabulary_size:
@@ -148,17 +158,20 @@ def _checked_pairs(source: Path, model: ModelConfig, files: _Files) -> list[Pair
     missing = sorted(wanted - files.names)
     if missing:
         raise UserError(f"{source} has no tensor {missing[0]}, which a {model.family.value} of this config.json has.")
-    beyond = sorted(name for name in files.names - wanted if not name.endswith(_BUFFERS))
-    if beyond and not _is_tied_copy(beyond, model, files, pairs):
+    copies = {"lm_head.weight": pairs[0].theirs[0], **family.copies} if model.tie_embeddings else family.copies
+    beyond = sorted(
+        name
+        for name in files.names - wanted
+        if not name.endswith(_BUFFERS) and not _is_copy(name, copies.get(name), files)
+    )
+    if beyond:
         raise UserError(f"{source} has a tensor {beyond[0]} that a {model.family.value} has not: it is not understood.")
     return pairs
 
 
-def _is_tied_copy(beyond: list[str], model: ModelConfig, files: _Files, pairs: list[Pair]) -> bool:
-    """Whether what is left over is the output layer written out though it is the embedding."""
-    if beyond != ["lm_head.weight"] or not model.tie_embeddings:
-        return False
-    return torch.equal(files.read("lm_head.weight"), files.read(pairs[0].theirs[0]))
+def _is_copy(name: str, of: str | None, files: _Files) -> bool:
+    """Whether a tensor is written out a second time, such as the output layer that is the embedding."""
+    return of is not None and of in files.names and torch.equal(files.read(name), files.read(of))
 
 
 def _run_config(job: ImportJob, model: ModelConfig) -> RunConfig:

@@ -5,6 +5,12 @@
     overall     {bits_per_byte, unigram_bits_per_byte, xz_bits_per_byte, loss, tokens, text_bytes}
     sources     {name: the same}
 
+or, of an objective whose labels are not the text one after the other,
+
+    losses      {loss, and each part that the objective reports}
+    baselines   {the same names: what needs no model}
+    tokens      labels that counted
+
 Imports without torch: an evaluation that stands already is shown at once.
 """
 
@@ -23,14 +29,15 @@ from parallel.common.files import hash_file, write_json
 from parallel.common.units import format_bytes, format_count
 
 NAME = "evaluation.json"
-LEGEND = "Unigram knows only how frequent each token is; xz -9 compresses the same bytes."
+_LEGEND = "Unigram knows only how frequent each token is; xz -9 compresses the same bytes."
+_LEGEND_OF_LOSSES = "Without a model: the frequencies of the tokens alone, and a coin for pairs of segments."
 
 
 def summarise(checkpoint: Checkpoint, store: Store, sums: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
     """The content of the file, from {source: (summed loss in nats, predicted tokens)}."""
     nats, tokens = (sum(values[index] for values in sums.values()) for index in (0, 1))
     return {
-        **_identity(checkpoint, store),
+        **identity(checkpoint, store),
         "overall": _row(store, None, nats, tokens),
         "sources": {source: _row(store, source, *values) for source, values in sums.items()},
     }
@@ -47,7 +54,7 @@ def standing(checkpoint: Checkpoint, store: Store) -> dict[str, Any] | None:
     """The run's evaluation, if it is of exactly this checkpoint on this store."""
     try:
         result = json.loads((checkpoint.run.path / NAME).read_text())
-        same = all(result[key] == value for key, value in _identity(checkpoint, store).items())
+        same = all(result[key] == value for key, value in identity(checkpoint, store).items())
     except (OSError, ValueError, KeyError):
         return None
     return result if same else None
@@ -55,6 +62,13 @@ def standing(checkpoint: Checkpoint, store: Store) -> dict[str, Any] | None:
 
 def table(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Heads and rows of the table that a person reads."""
+    if "losses" in result:
+        known = result["baselines"]
+        parts = [
+            (name.replace("_", " "), f"{value:.4f}", f"{known[name]:.4f}" if name in known else "")
+            for name, value in result["losses"].items()
+        ]
+        return ("part", "model", "without a model"), parts
     rows = [
         (
             name,
@@ -68,20 +82,31 @@ def table(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, .
     return ("source", "model", "unigram", "xz -9", "model / unigram", "text", "tokens"), rows
 
 
+def measure(result: Mapping[str, Any]) -> str:
+    """What the numbers are."""
+    return "Nats a label" if "losses" in result else "Bits per byte"
+
+
+def legend(result: Mapping[str, Any]) -> str:
+    """What stands beside the model's numbers."""
+    return _LEGEND_OF_LOSSES if "losses" in result else _LEGEND
+
+
 def show(result: Mapping[str, Any]) -> None:
     """Prints the table."""
     heads, rows = table(result)
-    shown = Table(title=f"Bits per byte on the validation documents, {result['checkpoint']}", title_justify="left")
+    shown = Table(title=f"{measure(result)} on the validation documents, {result['checkpoint']}", title_justify="left")
     for index, head in enumerate(heads):
         shown.add_column(head, justify="right" if index else "left")
     for row in rows:
         shown.add_row(*row)
     console = Console()
     console.print(shown)
-    console.print(LEGEND)
+    console.print(legend(result))
 
 
-def _identity(checkpoint: Checkpoint, store: Store) -> dict[str, Any]:
+def identity(checkpoint: Checkpoint, store: Store) -> dict[str, Any]:
+    """What an evaluation is of."""
     return {
         "checkpoint": checkpoint.path.name,
         "checksum": hash_file(checkpoint.path / "manifest.json"),

@@ -132,7 +132,9 @@ def _curves(runs: Sequence[Curves]) -> str:
 def _evaluation(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "<p>Not evaluated yet: <code>bloomery evaluate</code> does it.</p>"
-    note = f"Bits per byte on documents that training never saw, {found['checkpoint']}. {result.LEGEND}"
+    note = (
+        f"{result.measure(found)} on documents that training never saw, {found['checkpoint']}. {result.legend(found)}"
+    )
     return f"<p>{html.escape(note)}</p>\n{table(*result.table(found))}"
 
 

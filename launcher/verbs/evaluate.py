@@ -16,9 +16,17 @@ from launcher.start import start_ranks
 from launcher.validate import check_training
 from launcher.verbs.train import positive, ranks_to_start
 from launcher.work import Ranks, Work, from_environment, is_first_rank
+from model import families
+from model.config import ObjectiveName
 from parallel.common.errors import ConfigError, UserError
 from parallel.common.files import write_json
 from parallel.config import ParallelConfig
+
+_MODULES = {
+    **dict.fromkeys(ObjectiveName, "launcher.evaluation.losses"),
+    ObjectiveName.causal_lm: "launcher.evaluation.bits_per_byte",
+}
+"""Who computes: bits per byte where every token of the text is predicted once, else the objective's own losses."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +45,8 @@ def main(arguments: Sequence[str]) -> int | Work:
     parser = argparse.ArgumentParser(
         prog="bloomery evaluate",
         description="Bits per byte on the validation documents, overall and by source, beside what knowing only the "
-        "tokens' frequencies reaches (unigram) and beside xz -9. Written to evaluation.json in the run.",
+        "tokens' frequencies reaches (unigram) and beside xz -9; of models that do not predict text token after token "
+        "the losses of their objective. Written to evaluation.json in the run.",
         epilog="example: bloomery evaluate runs/first@200 --ranks 2 --json first.json",
     )
     parser.add_argument("checkpoint", help="a step directory, a run (its newest step), or RUN@STEP")
@@ -65,7 +74,8 @@ def main(arguments: Sequence[str]) -> int | Work:
     if wanted > ranks.world_size:
         return start_ranks(["evaluate", *_without_ranks(options)], ranks=wanted)
     job = EvaluateJob(checkpoint=checkpoint, config=in_layout(config, wanted), ranks=ranks, copy=options.json)
-    return Work(module="launcher.evaluation.bits_per_byte", job=job, rank=ranks.rank, logs=checkpoint.run.logs)
+    module = _MODULES[families.objective(config.model, config.train.objective)]
+    return Work(module=module, job=job, rank=ranks.rank, logs=checkpoint.run.logs)
 
 
 def _without_ranks(options: argparse.Namespace) -> list[str]:

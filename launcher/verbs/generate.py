@@ -12,6 +12,7 @@ from typing import Any
 from launcher.places import Checkpoint, find_checkpoint
 from launcher.verbs.train import positive
 from launcher.work import Ranks, Work, from_environment
+from model import families
 from parallel.common.errors import UserError
 from parallel.common.files import hash_file, write_json
 
@@ -56,6 +57,12 @@ def main(arguments: Sequence[str]) -> int | Work:
     if ranks.world_size > 1:
         raise UserError("generate works on one rank: call it without torchrun or srun.")
     checkpoint = find_checkpoint(options.checkpoint)
+    model = checkpoint.config().model
+    if not families.family(model).continues_text:
+        raise UserError(
+            f"{checkpoint.path} holds a {model.family.value}, which does not continue texts: "
+            "`bloomery evaluate` says what it learnt."
+        )
     job = GenerateJob(
         checkpoint=checkpoint,
         prompts=tuple(options.prompt or [""]),

@@ -5,13 +5,14 @@ document. Rows, steps and so micro-batches and ranks count unequally many tokens
 away, which tells a diagnosis whether a failure needs it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from launcher.config import RunConfig
+from model import families
 from parallel.topology import Topology
 
 _BORDERS = (5 / 16, 11 / 16)
@@ -57,7 +58,8 @@ def synthetic_batch(config: RunConfig, step: int, traits: Traits) -> dict[str, T
     if traits.silent_slices:
         length = sequence // traits.silent_slices
         weights[:, length - 1 :: length] = 0
-    return {
+    form = families.SAMPLES[families.objective(config.model, config.train.objective)]
+    return _MORE[form](config, generator) | {
         "tokens": tokens[:, :-1].contiguous(),
         "labels": tokens[:, 1:].contiguous(),
         "loss_weights": weights,
@@ -65,6 +67,30 @@ def synthetic_batch(config: RunConfig, step: int, traits: Traits) -> dict[str, T
         "document_ids": document_ids,
         "sample_ids": torch.arange(samples) + step * samples,
     }
+
+
+def _nothing(config: RunConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    return {}
+
+
+def _pairs(config: RunConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """Segments that change anywhere, and answers, one of which does not count."""
+    samples, sequence = config.train.global_batch_size, config.train.sequence_length
+    weights = torch.ones(samples)
+    weights[-1] = 0
+    return {
+        "segment_ids": torch.randint(0, 2, (samples, sequence), generator=generator),
+        "next_sentence": torch.randint(0, 2, (samples,), generator=generator),
+        "next_sentence_weights": weights,
+    }
+
+
+_MORE: Mapping[str, Callable[[RunConfig, torch.Generator], dict[str, Tensor]]] = {
+    "causal": _nothing,
+    "masked": _nothing,
+    "pairs": _pairs,
+}
+"""What a form of sample has beside the fields that all have."""
 
 
 def slice_of(batch: Mapping[str, Tensor], topology: Topology) -> dict[str, Tensor]:

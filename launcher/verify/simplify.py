@@ -16,7 +16,7 @@ from launcher.validate import check_training
 from launcher.verify.measure import Case
 from launcher.verify.proof import Comparison, compared
 from launcher.verify.shrink import STEPS
-from model.config import Activation, Dispatcher, MoeConfig, Norm, RopeScalingConfig
+from model.config import Activation, Dispatcher, MoeConfig, Norm, NormPlacement, RopeScalingConfig
 from parallel.common.errors import ConfigError
 from parallel.config import Recompute, RecomputeConfig
 
@@ -216,6 +216,8 @@ FEATURES: tuple[Feature, ...] = (
     _setting("a rotary base inside windows", "model.rope_local_base", None),
     _setting("layers beyond the window", "model.full_attention_every", None),
     _setting("a sliding window", "model.sliding_window", None),
+    _setting("the next-sentence head", "model.next_sentence", False),
+    _setting("norms after the sums", "model.norm_placement", NormPlacement.before),
     _setting("another norm", "model.norm", Norm.rms),
     _setting("another activation", "model.activation", Activation.swiglu),
     Feature(

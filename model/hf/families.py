@@ -1,12 +1,12 @@
 """The families that can be read from and written to Hugging Face's format: one table."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from model.config import FamilyName, ModelConfig
-from model.hf import deepseek, gemma, gpt2, gpt_neox, llama
+from model.hf import bert, deepseek, gemma, gpt2, gpt_neox, llama
 from model.hf.pairs import Pair
 from model.hf.settings import Settings, read, write
 from parallel.common.errors import UserError
@@ -21,6 +21,12 @@ class Family:
     """Every tensor of a model whose vocabulary size is given."""
     prefix: str = ""
     """Begins their names, and is missing in files that hold the model without its head."""
+    from_names: Callable[[Collection[str]], Mapping[str, Any]] = lambda _: {}
+    """What the names of the tensors say of the model and its config.json does not."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Names under which a file may hold a tensor again that it has under another one."""
+    old_names: Mapping[str, str] = field(default_factory=dict)
+    """Ends of names in old files, and what they are today."""
 
 
 FAMILIES: Mapping[FamilyName, Family] = {
@@ -36,19 +42,36 @@ FAMILIES: Mapping[FamilyName, Family] = {
     FamilyName.gemma3: Family(settings=gemma.GEMMA3, pairs=gemma.pairs),
     FamilyName.deepseek_v2: Family(settings=deepseek.DEEPSEEK_V2, pairs=deepseek.pairs),
     FamilyName.deepseek_v3: Family(settings=deepseek.DEEPSEEK_V3, pairs=deepseek.pairs),
+    FamilyName.bert: Family(
+        settings=bert.BERT,
+        pairs=bert.pairs,
+        from_names=bert.from_names,
+        copies=bert.COPIES,
+        old_names=bert.OLD_NAMES,
+    ),
 }
 
 
-def model_values(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model:` block that a `config.json` describes.
+def family_of(found: Mapping[str, Any]) -> Family:
+    """The family that a `config.json` names.
 
     Raises:
-        UserError: a family, key or value that is not understood; it names it.
+        UserError: it is not one that is converted.
     """
     kind = found.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"config.json has model_type {kind!r}: those that are converted are {', '.join(FAMILIES)}")
-    return read(FAMILIES[FamilyName(kind)].settings, found, family=str(kind))
+    return FAMILIES[FamilyName(kind)]
+
+
+def model_values(found: Mapping[str, Any], names: Collection[str] = ()) -> dict[str, Any]:
+    """The `model:` block that a `config.json` describes, with what the names of the tensors say besides.
+
+    Raises:
+        UserError: a family, key or value that is not understood; it names it.
+    """
+    family = family_of(found)
+    return read(family.settings, found, family=str(found["model_type"])) | dict(family.from_names(names))
 
 
 def config_json(config: ModelConfig, *, sequence_length: int) -> dict[str, Any]:

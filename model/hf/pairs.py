@@ -39,6 +39,13 @@ def transposed(ours: str, theirs: str) -> Pair:
     )
 
 
+def reversed_rows(ours: str, theirs: str) -> Pair:
+    """A tensor whose rows stand in the other order."""
+    return Pair(
+        ours=ours, theirs=(theirs,), split=lambda tensor: [tensor.flip(0)], join=lambda tensors: tensors[0].flip(0)
+    )
+
+
 def vocabulary(ours: str, theirs: str, config: ModelConfig) -> Pair:
     """Rows by token; ours are filled up with zeros to the vocabulary size, elsewhere those rows are missing."""
     padded, rows = config.vocabulary_size, config.unpadded_vocabulary_size or config.vocabulary_size
@@ -47,7 +54,7 @@ def vocabulary(ours: str, theirs: str, config: ModelConfig) -> Pair:
 
     def fill(tensors: Sequence[Tensor]) -> Tensor:
         (tensor,) = tensors
-        return torch.cat((tensor, tensor.new_zeros(padded - rows, tensor.shape[1])))
+        return torch.cat((tensor, tensor.new_zeros(padded - rows, *tensor.shape[1:])))
 
     return Pair(ours=ours, theirs=(theirs,), split=lambda tensor: [tensor[:rows]], join=fill)
 

@@ -40,7 +40,7 @@ _UNSAID = frozenset(
 class Settings:
     """One family's `config.json`."""
 
-    architecture: str
+    architecture: str | Callable[[ModelConfig], str]
     """Name of the class in `transformers`."""
     fields: Mapping[str, str]
     """Their key to our field; `moe.experts` is a field of a field."""
@@ -56,6 +56,8 @@ class Settings:
     """Keys of this family alone that change nothing."""
     readings: tuple[Reading, ...] = (ROPE,)
     """What cannot be said key by key."""
+    said_by_names: tuple[str, ...] = ()
+    """Our fields that only the tensors' names tell."""
 
 
 def _set(values: dict[str, Any], name: str, value: Any) -> None:
@@ -113,7 +115,9 @@ def write(settings: Settings, config: ModelConfig, *, model_type: str, sequence_
         UserError: the model has something that this family cannot say; it names it.
     """
     _check_said(settings, config, model_type)
-    written: dict[str, Any] = {"architectures": [settings.architecture], "model_type": model_type}
+    named = settings.architecture
+    architecture = named if isinstance(named, str) else named(config)
+    written: dict[str, Any] = {"architectures": [architecture], "model_type": model_type}
     written |= {key: legal[0] for key, legal in settings.required.items()}
     spelt_out = {  # what ours may leave open
         "kv_heads": config.kv_heads or config.heads,
@@ -142,7 +146,8 @@ def _check_said(settings: Settings, config: ModelConfig, model_type: str) -> Non
     plain = ModelConfig(layers=1, hidden_size=1, heads=1, ffn_hidden_size=1)
     names = [*ModelConfig.__slots__, *(f"moe.{name}" for name in MoeConfig.__slots__ if config.moe.experts)]
     names += [f"latent.{name}" for name in LatentConfig.__slots__ if config.latent.kv_rank is not None]
-    said = {*settings.fields.values(), *settings.constants, *(name for each in settings.readings for name in each.ours)}
+    by_key = {*settings.fields.values(), *settings.constants, *settings.said_by_names}
+    said = by_key | {name for each in settings.readings for name in each.ours}
     for name in sorted({*names} - said - _UNSAID):
         if _get(config, name) != _get(plain, name):
             raise UserError(f"a {model_type} has no model.{name} = {_get(config, name)}: export it as another family")

@@ -40,7 +40,11 @@ def texts(source: str, count: int = DOCUMENTS) -> list[str]:
 
 def make_store(path: Path) -> Path:
     """A finished store with the sources `code` and `prose`; a tenth of each is for validation."""
-    by_source = {source: texts(source) for source in ("code", "prose")}
+    return store_of(path, {source: texts(source) for source in ("code", "prose")})
+
+
+def store_of(path: Path, by_source: Mapping[str, Sequence[str]]) -> Path:
+    """A finished store of some texts; a tenth of each source is for validation."""
     path.parent.mkdir(parents=True, exist_ok=True)
     trained = tokenizer.train(
         (text for documents in by_source.values() for text in documents), 384, path.parent / "tokenizer.json"

@@ -25,7 +25,7 @@ def test_the_pieces_are_the_documents() -> None:
     found = find_pieces(ids, [(0, 5)])
     assert found is not None
     assert found.documents == [2, 3, 5, 1, 3, 1]
-    assert found.queries == [(length, index, length) for index, length in enumerate(found.documents)]
+    assert found.queries == [(length, index, 0, length, True) for index, length in enumerate(found.documents)]
 
 
 def seen_by_each_query(pieces: Pieces) -> list[list[int]]:
@@ -33,7 +33,7 @@ def seen_by_each_query(pieces: Pieces) -> list[list[int]]:
     starts = [sum(pieces.documents[:index]) for index in range(len(pieces.documents))]
     return [
         list(range(starts[document], starts[document] + keys - length + number + 1))
-        for length, document, keys in pieces.queries
+        for length, document, _, keys, _ in pieces.queries
         for number in range(length)
     ]
 

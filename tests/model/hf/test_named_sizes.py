@@ -70,6 +70,8 @@ PUBLISHED = {  # rows of the vocabulary, parameters; GPT-3's are published round
     "qwen3-moe-35m": (8192, 34_605_888),
     "qwen3-30b-a3b": (151936, 30_532_122_624),
     "qwen3-235b-a22b": (151936, 235_093_634_560),
+    "bert-base": (30522, 110_106_428),
+    "bert-large": (30522, 336_226_108),
 }
 
 
@@ -85,7 +87,7 @@ def test_count_and_shapes(name: str) -> None:
     one = replace(model, layers=1 + model.moe.first_layer)  # with a layer of each kind
     config = transformers.AutoConfig.for_model(**config_json(one, sequence_length=one.positions or 1024))
     with torch.device("meta"):
-        reference = transformers.AutoModelForCausalLM.from_config(config)
+        reference = getattr(transformers, config.architectures[0])(config)
     theirs = reference.state_dict()
     if "lm_head.weight" in theirs:
         theirs["embed_out.weight"] = theirs["lm_head.weight"]  # what a file of GPT-NeoX calls it

@@ -1,0 +1,112 @@
+"""What stands on an encoder: the two heads of BERT, right under tensor and sequence parallelism.
+
+Under sequence parallelism each tensor rank sees its own part of the sequence, so a weight that all ranks hold is read
+through an operation whose backward sums over them; what only one rank has (the first token of a row) is handed to all
+by a sum.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+from torch.nn.functional import embedding, gelu, linear
+
+from model.specs import norm
+from parallel.topology import Topology
+
+
+class Dense(torch.nn.Module):
+    """A matrix and a bias that every tensor rank holds whole."""
+
+    def __init__(self, config: TransformerConfig, inputs: int, outputs: int, *, partial: bool) -> None:
+        """`partial`: each tensor rank sees other tokens, so the gradients are to be summed over them."""
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
+        self.bias = torch.nn.Parameter(torch.empty(outputs, dtype=config.params_dtype))
+        self.partial = partial
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        weight, bias = self.weight, self.bias
+        if self.partial:
+            weight, bias = copy_to_tensor_model_parallel_region(weight), copy_to_tensor_model_parallel_region(bias)
+        return linear(hidden, weight, bias)
+
+
+class SegmentEmbedding(torch.nn.Module):
+    """What the first and the second segment of a pair add to the embeddings of their tokens."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(2, config.hidden_size, dtype=config.params_dtype))
+        self.partial = config.sequence_parallel
+
+    def forward(self, segment_ids: Tensor) -> Tensor:
+        """[own, batch] of 0 and 1 -> [own, batch, hidden]."""
+        weight = copy_to_tensor_model_parallel_region(self.weight) if self.partial else self.weight
+        return embedding(segment_ids, weight)
+
+
+class MaskedHead(torch.nn.Module):
+    """The layer between the last block and the output layer (Devlin et al., 2018, arXiv:1810.04805)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.dense = Dense(config, config.hidden_size, config.hidden_size, partial=config.sequence_parallel)
+        self.norm = norm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[sequence, batch, hidden] -> the same shape."""
+        return self.norm(gelu(self.dense(hidden)))
+
+
+class OutputBias(MegatronModule):
+    """A bias of each token of the vocabulary, cut over the tensor ranks as the output layer is."""
+
+    def __init__(self, config: TransformerConfig, vocabulary_size: int, topology: Topology) -> None:
+        super().__init__(config)
+        rows = vocabulary_size // topology.config.tensor
+        self.bias = torch.nn.Parameter(torch.zeros(rows, dtype=config.params_dtype))
+        self.bias.tensor_model_parallel = True  # type: ignore[attr-defined]
+        self.bias.partition_dim = 0  # type: ignore[attr-defined]
+        self.bias.partition_stride = 1  # type: ignore[attr-defined]
+        self.tp_group = topology.groups.tp
+        self._dp_cp = topology.groups.dp_cp
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """[sequence, batch, vocabulary / tensor] -> the same shape."""
+        return logits + self.bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        state = {"bias": self.bias}
+        return make_sharded_tensors_for_checkpoint(
+            state, prefix, {"bias": 0}, sharded_offsets, tp_group=self.tp_group, dp_cp_group=self._dp_cp
+        )
+
+
+class NextSentenceHead(torch.nn.Module):
+    """From the first token of each row: whether its second segment follows the first one in their document."""
+
+    def __init__(self, config: TransformerConfig, topology: Topology) -> None:
+        super().__init__()
+        self.pooler = Dense(config, config.hidden_size, config.hidden_size, partial=False)
+        self.classifier = Dense(config, config.hidden_size, 2, partial=False)
+        self._topology = topology
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[sequence, batch, hidden] -> [batch, 2], the same on all tensor ranks.
+
+        Under context parallelism only the first rank has the first token; the others' answers have no weight.
+        """
+        first = hidden[0]
+        if self._topology.sequence_parallel:
+            mine = first if self._topology.tensor_rank == 0 else first * 0
+            first = reduce_from_tensor_model_parallel_region(mine)
+        return self.classifier(torch.tanh(self.pooler(first)))
