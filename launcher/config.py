@@ -79,6 +79,9 @@ class TrainConfig:
     """What is minimised; by default what the model's family is made for."""
     z_loss: float = 0.0
     """Coefficient of the squared log-normaliser of each prediction, which keeps logits near 0 (PaLM has 1e-4)."""
+    deterministic: bool = False
+    """Let every operation and collective add up in one order, so that the same run has the same bits each time on an
+    accelerator too; slower. What has no such form there ends the run with its name."""
     log_every_steps: int = 10
     """Steps between two lines of metrics."""
 

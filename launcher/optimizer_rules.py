@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from launcher.config import RunConfig
 from parallel.common.errors import Problem
+from parallel.config import OptimizerConfig
 from parallel.rules import RULES
 
 
@@ -21,14 +22,7 @@ def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
             f"{near[0]}, if that was meant" if near else f"one of {', '.join(RULES)}, or one that a plugin registers"
         )
         yield Problem(key="optimizer.name", got=own.name, legal=legal)
-    for beta in own.betas:
-        if not 0 <= beta < 1:
-            yield Problem(key="optimizer.betas", got=list(own.betas), legal="numbers from 0 to below 1")
-    if not 0 <= own.muon.momentum < 1:
-        yield Problem(key="optimizer.muon.momentum", got=own.muon.momentum, legal="a number from 0 to below 1")
-    if not own.adafactor.decay <= 0:
-        legal = "0 or less: the exponent of the step"
-        yield Problem(key="optimizer.adafactor.decay", got=own.adafactor.decay, legal=legal)
+    yield from _numbers(own)
     for number, group in enumerate(own.groups):
         key = f"optimizer.groups.{number}"
         yield from _pattern(f"{key}.pattern", group.pattern)
@@ -43,6 +37,19 @@ def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
     if own.options and own.name in ("adamw", "muon", "adafactor"):
         legal = f"empty with optimizer.name={own.name}: options are for the optimizer of a plugin"
         yield Problem(key="optimizer.options", got=dict(own.options), legal=legal)
+
+
+def _numbers(own: OptimizerConfig) -> Iterator[Problem]:
+    for beta in own.betas:
+        if not 0 <= beta < 1:
+            yield Problem(key="optimizer.betas", got=list(own.betas), legal="numbers from 0 to below 1")
+    if not 0 <= own.muon.momentum < 1:
+        yield Problem(key="optimizer.muon.momentum", got=own.muon.momentum, legal="a number from 0 to below 1")
+    if not own.adafactor.decay <= 0:
+        legal = "0 or less: the exponent of the step"
+        yield Problem(key="optimizer.adafactor.decay", got=own.adafactor.decay, legal=legal)
+    if own.average_decay is not None and not 0 < own.average_decay < 1:
+        yield Problem(key="optimizer.average_decay", got=own.average_decay, legal="a number between 0 and 1, or null")
 
 
 def _pattern(key: str, pattern: str) -> Iterator[Problem]:

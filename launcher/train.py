@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launcher import changes
+from launcher import changes, deterministic
 from launcher.assemble import Parts, assemble
 from launcher.config import RunConfig
 from launcher.meter import finite
@@ -74,6 +74,7 @@ def save(parts: Parts, result: StepResult, records: Records) -> None:
 
 def work(job: TrainJob) -> int:
     """Joins the ranks, takes the run's lock, trains; returns the exit code."""
+    deterministic.apply(deterministic=job.config.train.deterministic)
     directory = RunDirectory(job.directory)
     lock = Lock(directory.lock)
     preempt = Preempt()

@@ -156,6 +156,8 @@ class OptimizerConfig:
     """Learning rate and decay of some parameters; the first pattern that fits a name counts."""
     frozen: list[str] = field(default_factory=list)
     """Regular expressions of names of parameters that are not trained: no gradient, no optimizer state."""
+    average_decay: float | None = None
+    """Keep an exponential average of the weights with this decay a step (0.999); by default there is none."""
     options: dict[str, Any] = field(default_factory=dict)
     """What a plugin's optimizer wants to know, by names of its own."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -20,10 +20,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
+from parallel.average import AVERAGE, WeightAverage
 from parallel.common.stateful import Stateful
 from parallel.config import OptimizerConfig
 from parallel.fragments import Held
 from parallel.frozen import frozen_pieces, trained_and_frozen
+from parallel.held import held
 from parallel.optimizer import PlainUpdater
 from parallel.parameters import local_parameters
 from parallel.rules import RULES
@@ -140,6 +142,9 @@ class Engine:
         self.updater: Updater = _updater(optimizer, topology)(
             _Chunks(chunks), self.parameters, config=optimizer, topology=topology
         )
+        self.average = None
+        if optimizer.average_decay is not None:
+            self.average = WeightAverage(self._weights, decay=optimizer.average_decay)
         self._reporting = [cast(Reporting, chunk) for chunk in chunks]
         self._stages = [_Stage(chunk, index, self.updater.module) for index, chunk in enumerate(chunks)]
         self._gradient_factor = torch.ones((), dtype=torch.float64, device=topology.device)
@@ -166,6 +171,8 @@ class Engine:
         rate = self.schedule.learning_rate(self.schedule.steps_taken + 1)
         norm = self.updater.step(rate)
         self.schedule.steps_taken += 1
+        if self.average is not None:
+            self.average.update(self.schedule.steps_taken)
         seconds = {**accumulated.seconds, "optimizer": time.perf_counter() - started}
         skipped = self.updater.loss_scale.skipped
         return replace(accumulated, grad_norm=norm, learning_rate=rate, skipped=skipped, seconds=seconds)
@@ -197,12 +204,19 @@ class Engine:
         return replace(found, seconds={"forward_backward": time.perf_counter() - started})
 
     def participants(self) -> dict[str, Stateful]:
-        """What a checkpoint keeps: weights, moments, steps taken."""
+        """What a checkpoint keeps: weights, optimizer state, steps taken, and the average of the weights."""
+        average = {} if self.average is None else {AVERAGE: self.average}
         return {
             "model": Held(self._weights, loaded=self.updater.follow),
             "optimizer": Held(self._optimizer_state, loaded=self.updater.follow),
             "schedule": _Steps(self),
+            **average,
         }
+
+    def held(self) -> dict[str, int]:
+        """Bytes that this rank holds at this moment, by kind (`parallel.held`)."""
+        averages = [] if self.average is None else self.average.values
+        return held({**self.updater.live(), "averages": averages}, self.topology.device)
 
     def _weights(self) -> Iterator[ShardedTensor]:
         for local in self.parameters:

@@ -19,7 +19,7 @@ def storages(tensors: Tensors, device: torch.device) -> dict[str, dict[int, torc
     found: dict[str, dict[int, torch.UntypedStorage]] = {}
     seen: set[tuple[str, int]] = set()
     for kind in KINDS:
-        for tensor in tensors[kind]:
+        for tensor in tensors.get(kind, ()):
             storage = None if tensor is None else tensor.untyped_storage()
             if storage is None or (storage.device.type, storage.data_ptr()) in seen:
                 continue

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from parallel.mechanism import Mechanism, Reduction
 
-KINDS = ("weights", "masters", "moments", "gradients", "buffers")
-"""`gradients` are the sums over micro-batches; `buffers` what communication and offload keep besides."""
+KINDS = ("weights", "masters", "moments", "gradients", "buffers", "averages")
+"""`gradients` are the sums over micro-batches; `buffers` what communication and offload keep besides; `averages` the
+average of the weights, where a run keeps one."""
 HOST = "host_"
 """Prefix of what lies in the host's memory while the model is on an accelerator."""
 
@@ -63,9 +64,12 @@ def bucket_elements(elements: int) -> int:
 
 
 def predicted(
-    sizes: Sequence[Size], *, mechanism: Mechanism, width: int, sharing: Sharing, offload: bool
+    sizes: Sequence[Size], *, mechanism: Mechanism, width: int, sharing: Sharing, offload: bool, averaged: bool = False
 ) -> dict[str, int]:
-    """Bytes by kind between two micro-batches, those on the host under `host_` names; `width` bytes a weight."""
+    """Bytes by kind between two micro-batches, those on the host under `host_` names; `width` bytes a weight.
+
+    `averaged` says whether an average of the weights is kept.
+    """
     trained = [size for size in sizes if not size.is_frozen]
     if mechanism.whole_parameters:
         found = _owned(trained, mechanism, width, sharing)
@@ -79,7 +83,39 @@ def predicted(
         if size.is_frozen:
             ranks = sharing.ranks if mechanism.stage == 3 else 1
             found["weights"] += width * math.ceil(size.elements / ranks)
+    if averaged:
+        frozen = [size for size in sizes if size.is_frozen]
+        own = 4 * _averaged(trained, mechanism, sharing)
+        found["averages"] = 4 * _shares(frozen, sharing if mechanism.stage == 3 else None)
+        place = f"{HOST}averages" if offload else "averages"
+        found[place] = found.get(place, 0) + own
     return found
+
+
+def _averaged(sizes: Sequence[Size], mechanism: Mechanism, sharing: Sharing) -> int:
+    """Elements of masters that a rank holds, the padding that evens out the ranks' parts left out."""
+    if mechanism.whole_parameters:
+        return _of_the_fullest(sizes, mechanism, sharing, state=False)
+    if mechanism.stage == 0:
+        return _shares(sizes, None)
+    if mechanism.stage == 3:
+        return _shares(sizes, sharing)
+    total = 0
+    for group in _groups(sizes, sharing):
+        rank = group.rank or 0
+        total += max(0, min(group.part, group.elements - rank * group.part))
+    return total
+
+
+def _shares(sizes: Sequence[Size], sharing: Sharing | None) -> int:
+    """Elements of parameters that are each cut into equal shares; all of them where `sharing` is None."""
+    if sharing is None:
+        return sum(size.elements for size in sizes)
+    total = 0
+    for size in sizes:
+        share = math.ceil(size.elements / sharing.ranks)
+        total += max(0, min(share, size.elements - (sharing.rank or 0) * share))
+    return total
 
 
 def owners(elements: Sequence[int], ranks: int) -> list[int]:
@@ -165,8 +201,11 @@ def _kinds(**found: int) -> dict[str, int]:
 class _Group:
     """Parameters that ZeRO-1 and 2 flatten together and cut into equal parts."""
 
+    elements: int
     padded: int
     part: int
+    rank: int | None
+    """Which part is meant."""
     touched: int
     """Elements of all parameters of which a part lies in this rank's part."""
 
@@ -180,7 +219,13 @@ def _groups(sizes: Sequence[Size], sharing: Sharing) -> Iterator[_Group]:
         unit = 2 * ranks
         padded = math.ceil(sum(members) / unit) * unit
         touched = _touched(members, padded // ranks, ranks)
-        yield _Group(padded=padded, part=padded // ranks, touched=max(touched) if rank is None else touched[rank])
+        yield _Group(
+            elements=sum(members),
+            padded=padded,
+            part=padded // ranks,
+            rank=rank,
+            touched=max(touched) if rank is None else touched[rank],
+        )
 
 
 def _touched(members: Sequence[int], part: int, ranks: int) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from parallel.config import OptimizerConfig
 from parallel.fragments import observed_fragments, pieces_of_fragments
-from parallel.held import Tensors, held
+from parallel.held import Tensors
 from parallel.loss_scale import LossScale
 from parallel.parameters import Fragment, LocalParameter
 from parallel.rules import Setting, setting
@@ -175,9 +175,6 @@ class PlainUpdater:
 
     def set_steps_taken(self, steps: int) -> None:
         set_steps(self.optimizer, steps)
-
-    def held(self) -> dict[str, int]:
-        return held(self.live(), self.topology.device)
 
     def live(self) -> Tensors:
         parameters = list(self.module.parameters())

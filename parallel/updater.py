@@ -6,7 +6,7 @@ cut anywhere; `PlainUpdater` (parallel/optimizer.py) steps those unsharded; `Who
 each parameter whole on one rank, for all others.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from typing import Any, Protocol
@@ -92,10 +92,6 @@ class Updater(Protocol):
 
     def set_steps_taken(self, steps: int) -> None:
         """Tells the optimizer how many steps its moments stand for."""
-        ...
-
-    def held(self) -> Mapping[str, int]:
-        """Bytes that this rank holds at this moment, by kind (`parallel.held`)."""
         ...
 
     def live(self) -> Tensors:

@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 
 from parallel.builders import BUILDERS, Stepped
 from parallel.config import OptimizerConfig
-from parallel.held import Tensors, held
+from parallel.held import Tensors
 from parallel.loss_scale import LossScale
 from parallel.memory import owners
 from parallel.optimizer import set_learning_rate
@@ -265,9 +265,6 @@ class WholeUpdater:
                     state["step"].fill_(steps)
                 elif "step" in state:
                     state["step"] = steps
-
-    def held(self) -> dict[str, int]:
-        return held(self.live(), self.topology.device)
 
     def live(self) -> Tensors:
         parameters: list[Any] = list(self.module.parameters())

@@ -44,7 +44,7 @@ from torch.distributed import ProcessGroup
 
 from parallel.config import OptimizerConfig
 from parallel.fragments import observed_fragments, pieces_of_fragments
-from parallel.held import Tensors, held
+from parallel.held import Tensors
 from parallel.loss_scale import LossScale
 from parallel.mechanism import Mechanism, Reduction, mechanism
 from parallel.memory import bucket_elements
@@ -307,9 +307,6 @@ class ZeroUpdater:
 
     def set_steps_taken(self, steps: int) -> None:
         set_steps(self._zero.optimizer, steps)
-
-    def held(self) -> dict[str, int]:
-        return held(self.live(), self.topology.device)
 
     def _weights(self) -> Iterator[torch.nn.Parameter]:
         module: Any = self._engine.module

@@ -27,6 +27,7 @@ from launcher.work import Ranks
 from model.config import ModelConfig
 from model.hf.families import FAMILIES, config_json
 from model.hf.pairs import Pair
+from parallel.average import AVERAGE
 from parallel.checkpoint.stream import StoredTensors
 from parallel.common.errors import UserError
 from parallel.common.files import write_json
@@ -38,6 +39,27 @@ WEIGHT = f"{Kind.weight.value}."
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 logger = logging.getLogger(__name__)
+
+
+class Weights:
+    """The weights of a checkpoint by their own names, or their average over the steps."""
+
+    def __init__(self, path: Path, *, averaged: bool = False) -> None:
+        """Verifies every file first.
+
+        Raises:
+            UserError: the checkpoint is damaged, or keeps no average.
+        """
+        self._tensors = StoredTensors(path)
+        self._prefix = f"{AVERAGE}." if averaged else WEIGHT
+        named = {name: shape for name, shape in self._tensors.shapes.items() if name.startswith(self._prefix)}
+        self.shapes = {name.removeprefix(self._prefix): shape for name, shape in named.items()}
+        if averaged and not self.shapes:
+            raise UserError(f"{path} keeps no average of the weights: its run was without optimizer.average_decay.")
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor, on the CPU."""
+        return self._tensors.read(f"{self._prefix}{name}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +79,7 @@ def _exported(job: ExportJob, ranks: Ranks) -> Outcome:
     if job.check:
         missing_transformers()
     config = job.checkpoint.config()
-    tensors = StoredTensors(job.checkpoint.path)
+    tensors = Weights(job.checkpoint.path, averaged=job.averaged)
     model = _described(config, tensors)
     pairs = list(FAMILIES[model.family].pairs(model))
     _check_names(job.checkpoint.path, tensors, pairs)
@@ -70,7 +92,7 @@ def _exported(job: ExportJob, ranks: Ranks) -> Outcome:
         total = _write_tensors(beside, plan, tensors, dtype)
         _write_descriptions(beside, job, config, model)
         if job.check:
-            weights = {pair.ours: _rounded(tensors.read(WEIGHT + pair.ours), dtype) for pair in pairs}
+            weights = {pair.ours: _rounded(tensors.read(pair.ours), dtype) for pair in pairs}
             compare_logits(model, weights, beside, sequence_length=config.train.sequence_length)
         beside.rename(job.output)
     finally:
@@ -81,27 +103,27 @@ def _exported(job: ExportJob, ranks: Ranks) -> Outcome:
     return Outcome(attempt=ranks.attempt, exit_code=0, message=f"exported to {job.output}")
 
 
-def _described(config: RunConfig, tensors: StoredTensors) -> ModelConfig:
+def _described(config: RunConfig, tensors: Weights) -> ModelConfig:
     """The model with its vocabulary size, which the configuration leaves to the store."""
-    shape = tensors.shapes.get(WEIGHT + _EMBEDDING)
+    shape = tensors.shapes.get(_EMBEDDING)
     if shape is None:
         raise UserError("the checkpoint has no word embeddings: it is not a language model's")
     values = {name: getattr(config.model, name) for name in ModelConfig.__slots__}
     return ModelConfig(**{**values, "vocabulary_size": shape[0]})
 
 
-def _check_names(path: Path, tensors: StoredTensors, pairs: list[Pair]) -> None:
-    stored = {key.removeprefix(WEIGHT) for key in tensors.shapes if key.startswith(WEIGHT)}
+def _check_names(path: Path, tensors: Weights, pairs: list[Pair]) -> None:
+    stored = set(tensors.shapes)
     known = {pair.ours for pair in pairs}
     for name in sorted(stored ^ known):
         told = "is not one of this family's" if name in stored else "is missing"
         raise UserError(f"{path}: the tensor {name} {told}; model.family in the run's config.yaml says the family")
 
 
-def _plan(pairs: list[Pair], tensors: StoredTensors, dtype: torch.dtype, limit: int) -> list[_File]:
+def _plan(pairs: list[Pair], tensors: Weights, dtype: torch.dtype, limit: int) -> list[_File]:
     files: list[_File] = []
     for pair in pairs:
-        shape = torch.empty(tensors.shapes[WEIGHT + pair.ours], dtype=dtype, device="meta")
+        shape = torch.empty(tensors.shapes[pair.ours], dtype=dtype, device="meta")
         size = sum(part.nbytes for part in pair.split(shape))
         if files and files[-1].bytes + size <= limit:
             files[-1] = _File(pairs=[*files[-1].pairs, pair], bytes=files[-1].bytes + size)
@@ -110,7 +132,7 @@ def _plan(pairs: list[Pair], tensors: StoredTensors, dtype: torch.dtype, limit: 
     return files
 
 
-def _write_tensors(directory: Path, plan: list[_File], tensors: StoredTensors, dtype: torch.dtype) -> int:
+def _write_tensors(directory: Path, plan: list[_File], tensors: Weights, dtype: torch.dtype) -> int:
     """All files and, where there are several, their index; the bytes of the tensors."""
     places: dict[str, str] = {}
     total = sum(file.bytes for file in plan)
@@ -126,9 +148,9 @@ def _write_tensors(directory: Path, plan: list[_File], tensors: StoredTensors, d
     return total
 
 
-def _theirs(pairs: list[Pair], tensors: StoredTensors, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _theirs(pairs: list[Pair], tensors: Weights, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     for pair in pairs:
-        parts = pair.split(tensors.read(WEIGHT + pair.ours))
+        parts = pair.split(tensors.read(pair.ours))
         for name, part in zip(pair.theirs, parts, strict=True):
             yield name, part.to(dtype).contiguous().clone()
 

@@ -6,7 +6,6 @@ Pickled weights are refused: reading them would run code. The run appears by one
 
 import json
 import logging
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -23,6 +22,7 @@ from launcher import config as configuration
 from launcher.config import RunConfig
 from launcher.conversion.check import compare_logits, missing_transformers
 from launcher.conversion.export import WEIGHT
+from launcher.conversion.step import write_weights
 from launcher.outcome import Outcome
 from launcher.run_directory import RunDirectory
 from launcher.runtime import in_ranks
@@ -32,10 +32,7 @@ from model.config import ModelConfig
 from model.hf.families import FAMILIES, family_of, model_values
 from model.hf.pairs import Pair
 from model.size import parameter_count
-from parallel.checkpoint.manifest import STATE, TENSORS, FileRecord, Manifest, fingerprint, step_name, versions
-from parallel.checkpoint.stream import write_tensors
 from parallel.common.errors import UserError
-from parallel.common.files import hash_file, write_json
 from parallel.common.units import format_count
 
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
@@ -105,7 +102,7 @@ def _imported(job: ImportJob, ranks: Ranks) -> Outcome:
     shutil.rmtree(beside, ignore_errors=True)
     try:
         run = RunDirectory(beside)
-        _write_step(run.checkpoints / step_name(0), config, pairs, files, ranks.attempt)
+        _write_step(run.checkpoints, config, pairs, files, ranks.attempt)
         configuration.save(config, run.config)
         if tokenizer is not None:
             tokenizer.save(beside / "tokenizer.json")
@@ -201,24 +198,14 @@ def _shapes(pairs: list[Pair], files: _Files) -> Iterator[tuple[str, Tensor]]:
             ) from None
 
 
-def _write_step(path: Path, config: RunConfig, pairs: list[Pair], files: _Files, attempt: str) -> None:
-    """The step directory, manifest last."""
-    (path / TENSORS).mkdir(parents=True)
+def _write_step(checkpoints: Path, config: RunConfig, pairs: list[Pair], files: _Files, attempt: str) -> None:
     by_name = {WEIGHT + pair.ours: pair for pair in pairs}
-    written = write_tensors(
-        path / TENSORS, dict(_shapes(pairs, files)), lambda name: _joined(by_name[name], files).contiguous()
-    )
-    records = {f"{TENSORS}/{name}": record for name, record in written.items()}
-    write_json(path / STATE, {})
-    records[STATE] = FileRecord(bytes=(path / STATE).stat().st_size, hash=hash_file(path / STATE))
-    Manifest(
-        step=0,
-        attempt=attempt or secrets.token_hex(8),
+    write_weights(
+        checkpoints,
+        0,
+        dict(_shapes(pairs, files)),
+        lambda name: _joined(by_name[name], files).contiguous(),
+        config=config,
         layout={"imported": config.model.family.value},
-        config=configuration.to_dict(config),
-        config_fingerprint=fingerprint(configuration.to_dict(config)),
-        versions=versions(),
-        metrics={},
-        participants={"model": sorted(by_name)},
-        files=dict(sorted(records.items())),
-    ).write(path)
+        attempt=attempt,
+    )

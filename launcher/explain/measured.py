@@ -68,6 +68,7 @@ def _bytes(case: Case) -> Bytes:
             tensor_rank=topology.tensor_rank,
         ),
         offload=layout.offload,
+        averaged=case.config.optimizer.average_decay is not None,
     )
     if topology.device.type == "cpu":  # the host is the device
         computed = {
@@ -75,4 +76,4 @@ def _bytes(case: Case) -> Bytes:
             for kind, count in computed.items()
             if not kind.startswith(HOST)
         }
-    return Bytes(computed=computed, measured=dict(before_last_micro_batch(engine, case, engine.updater.held)))
+    return Bytes(computed=computed, measured=dict(before_last_micro_batch(engine, case, engine.held)))

@@ -61,7 +61,11 @@ def rows(config: RunConfig, ranks: int, *, vocabulary_size: int) -> Iterator[Row
                     config.model, candidate, vocabulary_size=vocabulary_size, optimizer=config.optimizer
                 )
             how = mechanism(candidate, tied=config.model.tie_embeddings, optimizer=config.optimizer.name)
-            held = {precision: _fullest(sizes, how, width, candidate, ranks) for precision, width in WIDTHS.items()}
+            averaged = config.optimizer.average_decay is not None
+            held = {
+                precision: _fullest(sizes, how, width, candidate, ranks, averaged)
+                for precision, width in WIDTHS.items()
+            }
             yield Row(layout=candidate, yours=yours, mechanism=how, refused=None, bytes=held)
 
 
@@ -74,8 +78,13 @@ def _pipelines(layout: ParallelConfig) -> Iterator[ParallelConfig]:
         yield replace(layout, pipeline=pipeline, virtual_pipeline=virtual_pipeline, pipeline_split=split)
 
 
-def _fullest(sizes: list[list[Size]], how: Mechanism, width: int, layout: ParallelConfig, ranks: int) -> dict[str, int]:
+def _fullest(
+    sizes: list[list[Size]], how: Mechanism, width: int, layout: ParallelConfig, ranks: int, averaged: bool
+) -> dict[str, int]:
     shared = ranks // (layout.tensor * layout.pipeline)
     sharing = Sharing(ranks=shared, expert_ranks=shared // layout.expert, tensor_ranks=layout.tensor)
-    stages = [predicted(stage, mechanism=how, width=width, sharing=sharing, offload=layout.offload) for stage in sizes]
+    stages = [
+        predicted(stage, mechanism=how, width=width, sharing=sharing, offload=layout.offload, averaged=averaged)
+        for stage in sizes
+    ]
     return max(stages, key=lambda held: sum(held.values()))

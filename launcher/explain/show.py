@@ -48,8 +48,7 @@ def _table(found: Explanation) -> list[str | Text]:
     place = " (device + host)" if found.rows[0].layout.offload else ""
     small = "small copy: computed / measured" if found.measured else ""
     lines: list[str | Text] = [
-        f"bytes that a rank holds between two micro-batches{place}: weights, masters, moments, gradients, buffers; "
-        "no activations",
+        f"bytes that a rank holds between two micro-batches{place}: {', '.join(KINDS)}; no activations",
         f"  {'':<21}{'ZeRO':<6}{'runs':<18}{'sharded':<18}{'gradients reduced':<19}"
         f"{'fp32':<21}{'bf16, fp16':<21}{small}".rstrip(),
     ]
@@ -66,6 +65,8 @@ def _cells(row: Row, precision: Precision, measured: Sequence[Measured]) -> str:
     if how is None:
         return f"refused: {row.refused}"
     runs = f"DeepSpeed ZeRO-{how.stage}" if how.stage else "torch's AdamW"
+    if how.whole_parameters:
+        runs = "whole parameters"
     fp32, low = (_place(row.bytes[precision]) for precision in (Precision.fp32, Precision.bf16))
     one = next((one for one in measured if WIDTHS[one.precision] == WIDTHS[precision]), None)
     small = "" if one is None else f"{one.computed_bytes:,} / {one.measured_bytes:,}"

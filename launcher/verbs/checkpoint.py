@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from launcher.verbs.checkpoints import check_main, diff_main, inspect_main, list_main, prune_main
-from launcher.verbs.conversion import export_main, import_main
+from launcher.verbs.conversion import average_main, export_main, import_main
 from launcher.work import Work
 from parallel.common.errors import UserError
 
@@ -27,6 +27,9 @@ WORDS = {
     "check": _Word(arguments="CHECKPOINT", meaning="compare every file with its hash", main=check_main),
     "diff": _Word(arguments="A B", meaning="what differs between two, tensor by tensor", main=diff_main),
     "prune": _Word(arguments="RUN", meaning="remove the checkpoints that no rule keeps", main=prune_main),
+    "average": _Word(
+        arguments="A B ... --output DIR", meaning="make the mean of several's weights a checkpoint", main=average_main
+    ),
     "export": _Word(
         arguments="CHECKPOINT --output DIR",
         meaning="write weights, description and tokenizer for Hugging Face's libraries",

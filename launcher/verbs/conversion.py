@@ -1,4 +1,4 @@
-"""`bloomery checkpoint export` and `import`: to and from the files that Hugging Face's libraries read.
+"""`bloomery checkpoint export`, `import` and `average`: to and from other files, and several checkpoints into one.
 
 The quick half: it imports no torch. `launcher.conversion` streams the tensors, on one rank whatever wrote them.
 """
@@ -26,6 +26,8 @@ class ExportJob:
     """Largest file of tensors."""
     check: bool
     ranks: Ranks
+    averaged: bool = False
+    """The average of the weights over the steps instead of the weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +40,35 @@ class ImportJob:
     ranks: Ranks
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AverageJob:
+    """Checkpoints of one model whose mean becomes a checkpoint."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    output: Path
+    ranks: Ranks
+
+
+def average_main(arguments: Sequence[str]) -> Work:
+    """Parses `CHECKPOINT CHECKPOINT... --output DIR`."""
+    parser = argparse.ArgumentParser(
+        prog="bloomery checkpoint average",
+        description="Makes a run whose one checkpoint has the mean of the weights of several; evaluate, generate and "
+        "export take it, and training starts from it with checkpoint.load=OUTPUT checkpoint.load_parts=weights",
+        epilog="example: bloomery checkpoint average first@1000 first@2000 first@3000 --output runs/first-mean",
+    )
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="step directory, run, or RUN@STEP")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a directory that does not exist yet")
+    options = parser.parse_args(list(arguments))
+    if len(options.checkpoints) < 2:
+        raise UserError(f"{options.checkpoints[0]} alone has no mean: name two checkpoints or more.")
+    checkpoints = tuple(find_checkpoint(each) for each in options.checkpoints)
+    job = AverageJob(checkpoints=checkpoints, output=_new(options.output), ranks=_alone("average"))
+    return Work(module="launcher.conversion.averaging", job=job, rank=0, logs=checkpoints[0].run.logs)
+
+
 def export_main(arguments: Sequence[str]) -> Work:
-    """Parses `CHECKPOINT --output DIR [--format hf] [--dtype D] [--shard-gigabytes N] [--no-check]`."""
+    """Parses `CHECKPOINT --output DIR [--format hf] [--dtype D] [--shard-gigabytes N] [--no-check] [--average]`."""
     parser = argparse.ArgumentParser(
         prog="bloomery checkpoint export",
         description="Writes a checkpoint's weights as safetensors with config.json and tokenizer, which "
@@ -52,6 +81,9 @@ def export_main(arguments: Sequence[str]) -> Work:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the tensors (default float32: exact)")
     parser.add_argument("--shard-gigabytes", type=float, default=5.0, metavar="N", help="largest file (default 5)")
     parser.add_argument("--no-check", dest="check", action="store_false", help="do not compare logits (takes memory)")
+    parser.add_argument(
+        "--average", action="store_true", help="the average of the weights over the steps (optimizer.average_decay)"
+    )
     options = parser.parse_args(list(arguments))
     checkpoint = find_checkpoint(options.checkpoint)
     job = ExportJob(
@@ -61,6 +93,7 @@ def export_main(arguments: Sequence[str]) -> Work:
         shard_bytes=max(1, round(options.shard_gigabytes * 1e9)),
         check=options.check,
         ranks=_alone("export"),
+        averaged=options.average,
     )
     return Work(module="launcher.conversion.export", job=job, rank=0, logs=checkpoint.run.logs)
 

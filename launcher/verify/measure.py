@@ -90,7 +90,7 @@ def found(case: Case, *, steps: int, led_by: Sequence[Mapping[str, np.ndarray]] 
     held: dict[str, int] = {}
 
     def look_then_update(learning_rate: float) -> Tensor:
-        held.update(engine.updater.held())
+        held.update(engine.held())
         gradients.append(_shards(engine, engine.updater.gradient))
         if led_by is not None:
             _replace(engine, led_by[len(gradients) - 1])

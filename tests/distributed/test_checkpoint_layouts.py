@@ -77,7 +77,10 @@ def _stepped_by(optimizer: str) -> Callable[[str], Case]:
         case = _dense(name)
         return replace(
             case,
-            config=replace(case.config, optimizer=replace(case.config.optimizer, name=optimizer, frozen=["layers.1"])),
+            config=replace(
+                case.config,
+                optimizer=replace(case.config.optimizer, name=optimizer, frozen=["layers.1"], average_decay=0.9),
+            ),
         )
 
     return make
@@ -97,7 +100,8 @@ def _view(engine: Engine) -> View:
     return {
         "tensors": [
             (tensor, tensor.data.numpy().copy())
-            for name in ("model", "optimizer")
+            for name in ("model", "optimizer", "average")
+            if name in participants
             for tensor in participants[name].state_dict().values()
         ],
         "schedule": participants["schedule"].state_dict(),

@@ -133,7 +133,9 @@ FREEZING: dict[str, tuple[int, str, dict[str, Any]]] = {
 def test_frozen_parameters_stand_still_and_cost_nothing(name: str) -> None:
     ranks, optimizer, layout = FREEZING[name]
     dtype = torch.bfloat16 if "bf16" in name else torch.float32
-    case = stepped_by(optimizer, tiny(ranks, dtype=dtype, **layout), frozen=["embedding", r"layers\.[13]\."])
+    case = stepped_by(
+        optimizer, tiny(ranks, dtype=dtype, **layout), frozen=["embedding", r"layers\.[13]\."], average_decay=0.9
+    )
     answers = run_world(moved, ranks, case)
     names, changed, kept = (set().union(*(answer[number] for answer in answers)) for number in range(3))
     frozen = {each for each in names if "embedding" in each or "layers.1." in each or "layers.3." in each}

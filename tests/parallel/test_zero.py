@@ -251,9 +251,9 @@ def holding(ranks: int, dtype: torch.dtype, **layout: Any) -> list[dict[str, Map
 
     def look() -> dict[str, Mapping[str, int]]:
         engine = engine_of(case)
-        kept = {"between": before_last_micro_batch(engine, case, engine.updater.held)}
+        kept = {"between": before_last_micro_batch(engine, case, engine.held)}
         engine.updater.step(1e-3)
-        return {**kept, "after": engine.updater.held()}
+        return {**kept, "after": engine.held()}
 
     return run_world(look, ranks)
 
