@@ -24,6 +24,7 @@ from data_pipeline import sealed
 from data_pipeline.config import DataConfig
 from data_pipeline.dedup.clusters import write_clusters
 from data_pipeline.document import Parts
+from data_pipeline.encoder import Encoder, EncodersDiffer
 from data_pipeline.engine import open_engine
 from data_pipeline.pipeline import SMALL_BYTES, Documents, Pipeline
 from data_pipeline.progress import Meter
@@ -170,14 +171,12 @@ class _Build:
         text_bytes = int(kept.text_bytes.sum())
         require_space(self._root, text_bytes + SMALL_BYTES, "store")
         writer = StoreWriter(self._root, tokenizer=tokenizer, configuration=configuration)
+        encoder = Encoder(tokenizer, self._config.tokenizer.encoder)
         with self._pipeline.screen.meter("store", text_bytes) as meter:
             for number, source in enumerate(parts.sources):
                 for name, chosen in ((TRAINING, ~kept.validation), (VALIDATION, kept.validation)):
                     rows = kept.row[chosen & (kept.source == number)]
-                    rows = rows[writer.documents_written(source, name) :]
-                    documents_left = encoded(parts, rows, tokenizer, meter)
-                    while writer.add_shard(source, name, documents_left, max_tokens=self._config.shard_tokens):
-                        pass
+                    seal(writer, parts, rows, encoder, meter, source, name, max_tokens=self._config.shard_tokens)
         self._pipeline.say("store", sealed.store_outcome(writer.shards, parts.sources), reused=False)
         with room_on_disk(self._root / sealed.REPORT, "store"):
             write_clusters(parts, documents.removals, self._root / sealed.CLUSTERS)
@@ -194,14 +193,30 @@ def _metered(parts: Parts, rows: NDArray[np.int64], meter: Meter) -> Iterator[st
             yield text
 
 
-def encoded(parts: Parts, rows: NDArray[np.int64], tokenizer: Tokenizer, meter: Meter) -> Iterator[TokenizedDocument]:
+def seal(
+    writer: StoreWriter, parts: Parts, rows: NDArray[np.int64], encoder: Encoder, meter: Meter,
+    source: str, split: str, *, max_tokens: int, before: int = 0, window: bool = False,
+) -> None:  # fmt: skip
+    """Shards of those rows of a source that have none yet, `before` of its documents having come before them."""
+    while True:
+        left = rows[max(0, writer.documents_written(source, split) - before) :]
+        documents = _encoded(parts, left, encoder, meter)
+        try:
+            while writer.add_shard(source, split, documents, max_tokens=max_tokens, window=window):
+                pass
+        except EncodersDiffer:  # The shard was not sealed: its documents come again.
+            continue
+        return
+
+
+def _encoded(parts: Parts, rows: NDArray[np.int64], encoder: Encoder, meter: Meter) -> Iterator[TokenizedDocument]:
     """Documents on their way into the store, about a MiB encoded at a time."""
     for batch in texts_of(parts, rows):
         sizes = [len(text.encode()) for _, text in batch]
         portions = np.cumsum(sizes) // _ENCODED_BYTES
         borders = [0, *(np.flatnonzero(np.diff(portions)) + 1).tolist(), len(batch)]
         for start, stop in pairwise(borders):
-            found = tokenizer.encode_batch([text for _, text in batch[start:stop]])
+            found = encoder.encode_batch([text for _, text in batch[start:stop]])
             for (identifier, _), tokens, size in zip(batch[start:stop], found, sizes[start:stop], strict=True):
                 yield TokenizedDocument(id=identifier, tokens=tokens, text_bytes=size)
             meter.advance(sum(sizes[start:stop]))

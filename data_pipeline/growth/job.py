@@ -28,12 +28,13 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline import sealed
-from data_pipeline.build import encoded, sole_builder
+from data_pipeline.build import seal, sole_builder
 from data_pipeline.config import DataConfig, IndexKind
 from data_pipeline.dedup.exact import DIGESTS, hash_texts
 from data_pipeline.dedup.index import Index
 from data_pipeline.dedup.near import read_bands, sketch_rows
 from data_pipeline.document import Mapper, Parts
+from data_pipeline.encoder import Encoder
 from data_pipeline.engine import open_engine
 from data_pipeline.growth.archive import Archive
 from data_pipeline.growth.cursor import Cursor
@@ -206,7 +207,7 @@ class _Growth:
                 return
             configuration = fingerprint_of("store", "grow", [])
             self._writer = StoreWriter(self._root, tokenizer=tokenizer, configuration=configuration, grow=True)
-            self._tokens = tokenizer
+            self._encoder = Encoder(tokenizer, self._config.tokenizer.encoder)
             self._sealed = 0
             self._documents: dict[tuple[str, str], int] = {}
         writer = self._writer
@@ -218,13 +219,11 @@ class _Growth:
                 for split, chosen in ((TRAINING, rows[~held]), (VALIDATION, rows[held])):
                     before = self._documents.get((source, split), 0)
                     self._documents[source, split] = before + len(chosen)
-                    left = chosen[max(0, writer.documents_written(source, split) - before) :]
                     with self._screen.meter("tokens", parts.text_bytes) as meter:
-                        documents = encoded(parts, left, self._tokens, meter)
-                        while writer.add_shard(
-                            source, split, documents, max_tokens=self._config.shard_tokens, window=True
-                        ):
-                            pass
+                        seal(
+                            writer, parts, chosen, self._encoder, meter, source, split,
+                            max_tokens=self._config.shard_tokens, before=before, window=True,
+                        )  # fmt: skip
             self._sealed += 1
 
     def _tokenizer(self) -> Tokenizer | None:
