@@ -112,11 +112,9 @@ def main() -> None:
             )
             figures = json.loads(row.stdout.splitlines()[-1])
             rows.append(figures)
-            print(
-                f"{length:8d} {batch:7d} {figures['first_batch_seconds']:11.2f} s "
-                f"{format_count(figures['tokens_per_second']):>10} {format_count(figures['tokens_per_cpu_second']):>13} "
-                f"{figures['state_bytes']:5d} B"
-            )
+            rate, per_cpu = (format_count(figures[f"tokens_per_{unit}second"]) for unit in ("", "cpu_"))
+            first = figures["first_batch_seconds"]
+            print(f"{length:8d} {batch:7d} {first:11.2f} s {rate:>10} {per_cpu:>13} {figures['state_bytes']:5d} B")
     if options.json:
         write_json(options.json, {"store_tokens": options.tokens, "rows": rows})
 
