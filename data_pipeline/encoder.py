@@ -68,6 +68,7 @@ class Encoder:
         special = [token["content"] for token in content["added_tokens"] if token["special"]]
         # In documents special tokens are only text.
         content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
+        fast: Any = None
         try:
             fast = gigatoken.Tokenizer.from_json(json.dumps(content))
             probes = [" ".join(["It's 12345 naïve  words:\n\n\t中文字、カナ 한국 🙂 e\u0301", *special]), *special, ""]
