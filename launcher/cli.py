@@ -52,6 +52,11 @@ VERBS = {
         arguments="WORD ...",
         meaning="list, inspect, check, diff, prune; export, import",
     ),
+    "plan": Verb(
+        module="launcher.verbs.plan",
+        arguments="CONFIG... --nodes N --hardware NAME",
+        meaning="the best layouts on a machine: memory, time, cost, and why not others",
+    ),
     "explain": Verb(
         module="launcher.verbs.explain",
         arguments="CONFIG... [key=value ...]",

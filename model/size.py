@@ -27,7 +27,8 @@ def _attention_matrices(config: ModelConfig) -> int:
     return queries + down + latent.kv_rank * (query - turning + values) + values * config.hidden_size
 
 
-def _has_experts(config: ModelConfig, layer: int) -> bool:
+def has_experts(config: ModelConfig, layer: int) -> bool:
+    """Whether a layer, counted from 0, has a mixture of experts in place of its MLP."""
     return config.moe.experts > 0 and layer >= config.moe.first_layer
 
 
@@ -35,7 +36,7 @@ def _mlp_matrices(config: ModelConfig, layer: int, *, active: bool) -> int:
     """Parameters of one block's gates, ups and downs, and of its router; `active`: those that one token passes."""
     moe = config.moe
     per_width = (3 if config.activation.gated else 2) * config.hidden_size
-    if not _has_experts(config, layer):
+    if not has_experts(config, layer):
         return per_width * config.ffn_hidden_size
     experts = moe.top_k if active else moe.experts
     inner = experts * (moe.ffn_hidden_size or config.ffn_hidden_size) + (moe.shared_ffn_hidden_size or 0)
@@ -71,7 +72,7 @@ def parameter_count(config: ModelConfig, vocabulary_size: int, sequence_length: 
     beside = family(config).beside(config, vocabulary_size)
     embeddings = vocabulary_size * config.hidden_size * (1 if config.tie_embeddings else 2) + beside
     if config.moe.expert_bias:
-        norms += config.moe.experts * sum(_has_experts(config, layer) for layer in range(config.layers))
+        norms += config.moe.experts * sum(has_experts(config, layer) for layer in range(config.layers))
     return _matrices(config, active=False) + config.layers * _biases_and_head_norms(config) + norms + embeddings
 
 

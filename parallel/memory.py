@@ -7,6 +7,7 @@ here, nor is what a step takes besides while it runs: at ZeRO-1 and 2 once more 
 fp32. Imports without torch.
 """
 
+import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -120,10 +121,10 @@ def _shares(sizes: Sequence[Size], sharing: Sharing | None) -> int:
 
 def owners(elements: Sequence[int], ranks: int) -> list[int]:
     """Who steps each of some parameters, of so many elements: the largest first, to whoever has least."""
-    found, load = [0] * len(elements), [0] * ranks
+    found, loads = [0] * len(elements), [(0, rank) for rank in range(ranks)]  # the second is a heap as it stands
     for number in sorted(range(len(elements)), key=lambda number: (-elements[number], number)):
-        found[number] = min(range(ranks), key=lambda rank: (load[rank], rank))
-        load[found[number]] += elements[number]
+        load, found[number] = loads[0]
+        heapq.heapreplace(loads, (load + elements[number], found[number]))
     return found
 
 

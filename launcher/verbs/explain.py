@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> int | Work:
         config=config,
         ranks=ranks,
         precision=Precision.bf16 if config.precision is Precision.auto else config.precision,
-        vocabulary_size=_vocabulary_size(given),
+        vocabulary_size=embedding_rows(given),
         measure=not options.no_measure,
         json=options.json,
         scratch=scratch,
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int | Work:
     return Work(module="launcher.explain.work", job=job, rank=0, logs=Path(scratch.name))
 
 
-def _vocabulary_size(config: RunConfig) -> int:
+def embedding_rows(config: RunConfig) -> int:
     """Rows of the embedding: the model's, else the store's where it stands already, else those it will have."""
     if config.model.vocabulary_size is not None:
         return config.model.vocabulary_size

@@ -1,0 +1,151 @@
+"""Bytes that one micro-batch's forward pass keeps for its backward pass, as arithmetic.
+
+The idea is Korthikanti et al., 2022, arXiv:2205.05198, section 4: count the tensors that each operation saves. The
+operations are those of `model.specs` and `model.attention`: attention keeps no matrix of scores, and rotary positions,
+the gate and the residual sums are operations of their own, so that more is kept than in a fused layer.
+
+Tested to within 5 % of what autograd's saved-tensor hooks see on a CPU (tests/model/test_activations.py). There RMSNorm
+is made of several operations, in fp32; `fused_norms` says that it is one, as on an accelerator. Experts are taken to
+get equal shares of the tokens. Imports without torch.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from model.config import ModelConfig, Norm, Position
+from model.size import has_experts, head_size
+from parallel.config import Recompute, RecomputeConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """A micro-batch as one rank sees it."""
+
+    samples: int
+    sequence: int
+    """Tokens of a sample on this rank: train.sequence_length / context."""
+    tensor: int
+    context: int
+    sequence_parallel: bool
+    """Whether what lies between the matrices is cut over the tensor ranks."""
+    width: int
+    """Bytes of an element of the model's dtype."""
+    packed: bool = True
+    """Whether samples hold several documents, so that attention goes document by document."""
+    fused_norms: bool = True
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of all samples, on this rank."""
+        return self.samples * self.sequence
+
+    @cached_property
+    def between(self) -> int:
+        """Tokens that this rank holds between the matrices."""
+        return self.tokens // self.tensor if self.sequence_parallel else self.tokens
+
+
+def chunk_bytes(config: ModelConfig, layers: range, batch: MicroBatch, recompute: RecomputeConfig) -> int:
+    """Of a chunk's blocks, of which the first few may recompute, and what they share."""
+    again = len(layers) if recompute.blocks is None else recompute.blocks
+    found = shared_bytes(config, batch)
+    for part, mode in ((layers[:again], recompute.mode), (layers[again:], Recompute.none)):
+        mixtures = sum(has_experts(config, layer) for layer in part)
+        if mixtures:
+            found += mixtures * block_bytes(config, batch, mode, experts=True)
+        if len(part) > mixtures:
+            found += (len(part) - mixtures) * block_bytes(config, batch, mode, experts=False)
+    return found
+
+
+def embedding_bytes(config: ModelConfig, batch: MicroBatch) -> int:
+    """Of the first chunk besides its blocks."""
+    ids = 8 * batch.tokens * (2 if config.position is Position.learned else 1)
+    return ids + (batch.width * config.hidden_size * batch.between if config.dropout else 0)
+
+
+def shared_bytes(config: ModelConfig, batch: MicroBatch) -> int:
+    """Of a chunk, once for all of its blocks: cosines and sines."""
+    return 2 * head_size(config) * batch.width * batch.tokens if config.position is Position.rope else 0
+
+
+def output_bytes(config: ModelConfig, batch: MicroBatch) -> int:
+    """Of the last chunk besides its blocks, but for the logits: the final norm."""
+    return _norm(config, batch)
+
+
+def logits_bytes(vocabulary_size: int, batch: MicroBatch) -> tuple[int, int]:
+    """What the cross-entropy keeps, probabilities in fp32; and the most that is there at one time: the logits, these in
+    fp32, and their gradient."""
+    logits = batch.tokens * vocabulary_size // batch.tensor
+    return 4 * logits + 8 * batch.tokens, (batch.width + 8) * logits
+
+
+def block_bytes(config: ModelConfig, batch: MicroBatch, recompute: Recompute, *, experts: bool) -> int:
+    """Of one block, with a mixture of experts or an MLP."""
+    if recompute is Recompute.full:
+        return batch.width * config.hidden_size * batch.between
+    dropped = 2 * batch.width * config.hidden_size * batch.between if config.dropout else 0
+    attention = _attention(config, batch, again=recompute is Recompute.selective)
+    inner = _experts(config, batch) if experts else _inner(config, config.ffn_hidden_size, batch) * batch.tokens
+    return 2 * _norm(config, batch) + dropped + attention + inner
+
+
+def _norm(config: ModelConfig, batch: MicroBatch) -> int:
+    """Its input, which is the residual stream, and its output, which is the input of a matrix; statistics in fp32."""
+    width, hidden = batch.width, config.hidden_size
+    if config.norm is Norm.layer:
+        return batch.between * (2 * width * hidden + 8)
+    inner = width if batch.fused_norms else 2 * max(4, width)  # else also the normalised input
+    return batch.between * (hidden * (inner + width) + 4)
+
+
+def _attention(config: ModelConfig, batch: MicroBatch, *, again: bool) -> int:
+    """Queries, keys and values as attention takes them, its result, and a number for each head.
+
+    Values are a view of what the projection gave, which is kept whole then; gathered or cut into documents they are
+    a copy.
+    """
+    width, tokens = batch.width, batch.tokens
+    query = config.heads * head_size(config) * tokens // batch.tensor
+    key_value = (config.kv_heads or config.heads) * head_size(config) * tokens // batch.tensor
+    head_norms = _head_norms(config, batch, query, key_value) if config.qk_norm else 0
+    if again:
+        normed = key_value * width if config.qk_norm else 0
+        return head_norms + normed + width * (query + (query + 2 * key_value) + query)
+    rotated = config.position is Position.rope or config.qk_norm
+    if batch.context > 1:
+        kept = query + 2 * key_value * batch.context
+    elif batch.packed and batch.samples > 1:
+        kept = query + 2 * key_value
+    else:
+        kept = (query + key_value if rotated else 0) + query + 2 * key_value
+    pieces = query if batch.packed or batch.context > 1 else 0  # documents' results, put together again
+    statistics = 4 * config.heads // batch.tensor * tokens
+    return head_norms + width * (kept + query + pieces) + statistics
+
+
+def _head_norms(config: ModelConfig, batch: MicroBatch, query: int, key_value: int) -> int:
+    if batch.fused_norms:
+        return batch.width * query
+    inner = 2 * max(4, batch.width)
+    own = 0 if batch.width >= 4 else 4 * key_value  # keys are a view of the projection, unless they become fp32
+    return inner * query + inner // 2 * key_value + own
+
+
+def _experts(config: ModelConfig, batch: MicroBatch) -> int:
+    moe = config.moe
+    copies = batch.tokens * moe.top_k
+    width = moe.ffn_hidden_size or config.ffn_hidden_size
+    expert = _inner(config, width, batch) + batch.width * width // batch.tensor  # also weighed by its score
+    router = batch.between * (8 * moe.experts + 12 * moe.top_k + 20)
+    if batch.width < 4:
+        router += 4 * config.hidden_size * batch.between  # its input in fp32
+    shared = _inner(config, moe.shared_ffn_hidden_size or 0, batch) * batch.tokens
+    return copies * (batch.width * config.hidden_size + expert + 28) + router + shared
+
+
+def _inner(config: ModelConfig, width: int, batch: MicroBatch) -> int:
+    """For one token: what the first matrix gave, and every operation's result up to the input of the second; a gate
+    has both halves, its activation, the other half with its offset, and their product."""
+    return (5 if config.activation.gated else 2) * batch.width * width // batch.tensor

@@ -1,0 +1,110 @@
+"""The parameters of a rank as arithmetic: name and size of each, in the order in which the model makes them.
+
+What the planner needs a thousand times a second, and without torch. It is held against the model itself: the list is
+that of `launcher.explain.sizes`, which builds the model without memory, element by element
+(tests/model/test_shapes.py).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from model.config import ModelConfig, Norm, Position
+from model.size import has_experts, head_size
+from parallel.config import OptimizerConfig
+from parallel.memory import Size
+from parallel.rules import RULES, is_frozen, setting
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """One parameter, before tensor ranks cut it."""
+
+    name: str
+    whole: tuple[int, ...]
+    is_cut: bool = True
+    """Whether tensor ranks share it."""
+    is_expert: bool = False
+
+    def size(self, tensor: int, optimizer: OptimizerConfig) -> Size:
+        """What memory depends on, on one of some tensor ranks."""
+        elements, is_matrix = math.prod(self.whole), len(self.whole) > 1
+        states = RULES[optimizer.name].states(self.name, self.whole, optimizer)
+        return Size(
+            elements=elements // tensor if self.is_cut else elements,
+            group=f"{is_matrix} {setting(self.name, is_matrix=is_matrix, config=optimizer)}",
+            is_expert=self.is_expert,
+            is_frozen=is_frozen(self.name, optimizer),
+            whole_elements=elements,
+            state_elements=sum(map(math.prod, states.values())),
+        )
+
+
+def chunk_shapes(
+    config: ModelConfig,
+    layers: range,
+    *,
+    vocabulary_size: int,
+    expert: int,
+    first: bool,
+    last: bool,
+    sequence_length: int = 0,
+) -> Iterator[Shape]:
+    """The parameters of consecutive layers on one expert rank, with the embedding on the `first` chunk and the final
+    norm and output layer on the `last`."""
+    hidden = config.hidden_size
+    if first:
+        yield Shape(name="embedding.word_embeddings.weight", whole=(vocabulary_size, hidden))
+        if config.position is Position.learned:
+            rows = config.positions or sequence_length
+            yield Shape(name="embedding.position_embeddings.weight", whole=(rows, hidden), is_cut=False)
+    for layer in layers:
+        yield from _block(config, layer, expert)
+    if last:
+        yield from _norm(config, "decoder.final_norm", hidden)
+        if not (config.tie_embeddings and first):
+            name = "embedding.word_embeddings.weight" if config.tie_embeddings else "output_layer.weight"
+            yield Shape(name=name, whole=(vocabulary_size, hidden))
+
+
+def _block(config: ModelConfig, layer: int, expert: int) -> Iterator[Shape]:
+    hidden, query = config.hidden_size, config.heads * head_size(config)
+    heads = query + 2 * (config.kv_heads or config.heads) * head_size(config)
+    name = f"decoder.layers.{layer}"
+    yield from _norm(config, f"{name}.input_layernorm", hidden)
+    yield Shape(name=f"{name}.self_attention.linear_proj.weight", whole=(hidden, query))
+    if config.linear_bias:
+        yield Shape(name=f"{name}.self_attention.linear_proj.bias", whole=(hidden,), is_cut=False)
+    yield Shape(name=f"{name}.self_attention.linear_qkv.weight", whole=(heads, hidden))
+    if config.attention_bias or config.linear_bias:
+        yield Shape(name=f"{name}.self_attention.linear_qkv.bias", whole=(heads,))
+    if config.qk_norm:
+        for part in "qk":
+            norm = f"{name}.self_attention.{part}_layernorm.weight"
+            yield Shape(name=norm, whole=(head_size(config),), is_cut=False)
+    yield from _norm(config, f"{name}.pre_mlp_layernorm", hidden)
+    if not has_experts(config, layer):
+        yield from _mlp(config, f"{name}.mlp", config.ffn_hidden_size)
+        return
+    moe = config.moe
+    yield Shape(name=f"{name}.mlp.router.weight", whole=(moe.experts, hidden), is_cut=False)
+    for _ in range(moe.experts // expert):
+        width = moe.ffn_hidden_size or config.ffn_hidden_size
+        yield from _mlp(config, f"{name}.mlp.experts.experts", width, is_expert=True)
+    if moe.shared_ffn_hidden_size:
+        yield from _mlp(config, f"{name}.mlp.shared_experts", moe.shared_ffn_hidden_size)
+
+
+def _mlp(config: ModelConfig, name: str, width: int, *, is_expert: bool = False) -> Iterator[Shape]:
+    into = width * (2 if config.activation.gated else 1)
+    yield Shape(name=f"{name}.linear_fc1.weight", whole=(into, config.hidden_size), is_expert=is_expert)
+    if config.linear_bias:
+        yield Shape(name=f"{name}.linear_fc1.bias", whole=(into,))
+    yield Shape(name=f"{name}.linear_fc2.weight", whole=(config.hidden_size, width), is_expert=is_expert)
+    if config.linear_bias:
+        yield Shape(name=f"{name}.linear_fc2.bias", whole=(config.hidden_size,), is_cut=False)
+
+
+def _norm(config: ModelConfig, name: str, hidden: int) -> Iterator[Shape]:
+    for part in ("weight", "bias") if config.norm is Norm.layer else ("weight",):
+        yield Shape(name=f"{name}.{part}", whole=(hidden,), is_cut=False)

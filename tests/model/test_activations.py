@@ -1,0 +1,129 @@
+"""The arithmetic of activations beside what autograd's saved-tensor hooks see: 5 %, in every kind of layout."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from launcher.plan.stages import chunk_layers
+from launcher.verify.batches import Traits
+from launcher.verify.measure import Case, batch_of, engine_of
+from launcher.verify.world import run_world
+from model.activations import MicroBatch, chunk_bytes, embedding_bytes, logits_bytes, output_bytes
+from model.config import Activation, Dispatcher, MoeConfig, Norm, Position
+from parallel.config import Recompute, RecomputeConfig
+from tests.distributed.layouts import tiny
+
+SELECTIVE = RecomputeConfig(mode=Recompute.selective)
+FULL = RecomputeConfig(mode=Recompute.full)
+GPT2 = {
+    "norm": Norm.layer,
+    "activation": Activation.gelu,
+    "position": Position.learned,
+    "linear_bias": True,
+    "kv_heads": 4,
+}
+MOE = MoeConfig(experts=4, ffn_hidden_size=32, shared_ffn_hidden_size=16)
+SAMPLES = 2
+
+
+def kept(case: Case) -> int:
+    """Bytes that the forward pass of one micro-batch keeps on this rank: each storage once, parameters left out."""
+    engine = engine_of(case)
+    batch = engine.topology.context.cut(batch_of(case, 0, engine.topology))
+    micro_batch = {name: tensor[:SAMPLES] for name, tensor in batch.items()}
+    micro_batch["loss_factor"] = torch.ones((), dtype=torch.float64)
+    parameters = {local.parameter.untyped_storage().data_ptr() for local in engine.parameters}
+    if not engine.topology.is_first_pipeline_stage:
+        config = case.config
+        shape = (config.train.sequence_length, SAMPLES, config.model.hidden_size)
+        engine._stages[0].set_input_tensor([torch.randn(shape, dtype=case.dtype, requires_grad=True)])
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = engine._stages[0](micro_batch)
+        if engine.topology.is_last_pipeline_stage:
+            engine._loss(micro_batch, outputs)
+        return sum(tensor.untyped_storage().nbytes() for pointer, tensor in saved.items() if pointer not in parameters)
+
+
+def computed(case: Case, stage: int) -> int:
+    model, layout = case.config.model, case.config.parallel
+    batch = MicroBatch(
+        samples=SAMPLES,
+        sequence=case.config.train.sequence_length // layout.context,
+        tensor=layout.tensor,
+        context=layout.context,
+        sequence_parallel=layout.tensor > 1 and layout.sequence_parallel is not False,
+        width=case.dtype.itemsize,
+        packed=case.traits.packed,
+        fused_norms=False,
+    )
+    first, last = stage == 0, stage == layout.pipeline - 1
+    found = chunk_bytes(model, chunk_layers(model.layers, layout)[stage], batch, layout.recompute)
+    if first:
+        found += embedding_bytes(model, batch)
+    if last:
+        assert model.vocabulary_size is not None
+        found += output_bytes(model, batch) + logits_bytes(model.vocabulary_size, batch)[0]
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.truth
+@pytest.mark.parametrize(
+    ("model", "layout", "dtype", "packed"),
+    [
+        ({}, {}, torch.float32, False),
+        ({}, {}, torch.bfloat16, False),
+        ({}, {}, torch.bfloat16, True),
+        (GPT2, {}, torch.bfloat16, False),
+        ({"dropout": 0.1, "qk_norm": True, "attention_bias": True}, {"tensor": 2}, torch.bfloat16, False),
+        ({"qk_norm": True}, {}, torch.float32, False),
+        ({"activation": Activation.geglu}, {"tensor": 2, "sequence_parallel": False}, torch.float32, True),
+        ({}, {"context": 2}, torch.bfloat16, False),
+        ({}, {"context": 2, "tensor": 2}, torch.float32, True),
+        ({"moe": MOE}, {}, torch.float32, False),
+        ({"moe": MOE}, {"tensor": 2}, torch.bfloat16, False),
+        ({"moe": replace(MOE, dispatcher=Dispatcher.allgather)}, {}, torch.bfloat16, False),
+        ({}, {"recompute": SELECTIVE}, torch.float32, False),
+        (
+            {"qk_norm": True},
+            {"recompute": SELECTIVE, "tensor": 2},
+            torch.bfloat16,
+            True,
+        ),
+        ({}, {"recompute": FULL, "tensor": 2}, torch.bfloat16, True),
+        ({}, {"recompute": replace(FULL, blocks=1), "pipeline": 2}, torch.float32, False),
+    ],
+    ids=str,
+)
+def test_computed_is_kept(model: dict[str, Any], layout: dict[str, Any], dtype: torch.dtype, packed: bool) -> None:
+    ranks = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1)
+    case = tiny(ranks, zero_stage=0, micro_batch_size=SAMPLES, **layout)
+    shape = replace(case.config.model, hidden_size=64, head_size=16, ffn_hidden_size=96, **model)
+    train = replace(case.config.train, sequence_length=32)
+    config = replace(case.config, model=shape, train=train)
+    case = replace(case, config=config, dtype=dtype, traits=Traits(packed=packed))
+    measured = run_world(lambda: kept(case), ranks)
+    stages = layout.get("pipeline", 1)
+    for rank, found in enumerate(measured):
+        assert computed(case, rank * stages // ranks) == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.distributed
+@pytest.mark.truth
+def test_experts_on_several_ranks_keep_their_share_on_the_average() -> None:
+    """Which rank's experts get more tokens is the router's doing; together they get all."""
+    case = tiny(2, zero_stage=0, micro_batch_size=SAMPLES, expert=2)
+    case = replace(
+        case, config=replace(case.config, model=replace(case.config.model, moe=MOE)), traits=Traits(packed=False)
+    )
+    measured = run_world(lambda: kept(case), 2)
+    assert computed(case, 0) == pytest.approx(sum(measured) / 2, rel=0.05)
