@@ -304,6 +304,7 @@ class DataConfig:
                 key="data.sources", got=f"a weight at {', '.join(weighted)} only", legal="one at every source"
             )
         yield from self.stages.filters.problems("data.stages.filters")
+        yield from _own_filters_problems(self)
         clean, near = self.stages.clean, self.stages.near_dedup
         ranges = (
             ("stages.clean.min_characters", clean.min_characters, 0, clean.max_characters),
@@ -355,6 +356,12 @@ def training_problems(config: DataConfig, sequence_length: int) -> Iterator[Prob
         yield Problem(key="data.max_documents_per_sequence", got=most, legal=legal)
     if not config.follow_seconds > 0:
         yield Problem(key="data.follow_seconds", got=config.follow_seconds, legal="seconds above 0")
+
+
+def _own_filters_problems(config: DataConfig) -> Iterator[Problem]:
+    if config.stages.filters.own and config.engine is Engine.ray:
+        legal = "native with data.stages.filters.own: Ray's workers do not know of plugins"
+        yield Problem(key="data.engine", got=config.engine.value, legal=legal)
 
 
 def _dataset_problems(key: str, source: SourceConfig) -> Iterator[Problem]:

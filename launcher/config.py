@@ -21,7 +21,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.config import DataConfig
-from model.config import ModelConfig, ObjectiveName
+from launcher import plugins
+from model.config import ModelConfig
 from parallel.common.errors import ConfigError, Problem, UserError
 from parallel.common.files import write_text
 from parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig, Precision
@@ -75,8 +76,9 @@ class TrainConfig:
     """Samples that one forward pass takes on one rank."""
     sequence_length: int = MISSING
     """Tokens in a sample."""
-    objective: ObjectiveName | None = None
-    """What is minimised; by default what the model's family is made for."""
+    objective: str | None = None
+    """What is minimised: causal_lm, masked_lm, masked_lm_next_sentence, or one that a plugin registers; by default what
+    the model's family is made for."""
     z_loss: float = 0.0
     """Coefficient of the squared log-normaliser of each prediction, which keeps logits near 0 (PaLM has 1e-4)."""
     deterministic: bool = False
@@ -125,6 +127,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    plugins: list[str] = field(default_factory=list)
+    """Modules that register optimizers, objectives, samples and filters of one's own (docs/plugins.md)."""
 
 
 _DID_YOU_MEAN = re.compile(r"Did you mean(?: one of)?: (.+?)\?")
@@ -135,7 +139,7 @@ def load(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> RunConfi
 
     Raises:
         UserError: a file is missing or is not YAML, a key is unknown, a value has the wrong type; the sentence names
-            the file (or the override) and the key.
+            the file (or the override) and the key. Or a module of `plugins` cannot be imported.
     """
     plain: Any = OmegaConf.create({})
     typed = _schema()
@@ -148,7 +152,9 @@ def load(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> RunConfi
         values = OmegaConf.to_container(typed, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
         raise UserError(f"{_sentence(error)}.") from error
-    return _instantiate(RunConfig, cast(dict[str, Any], values))
+    config = _instantiate(RunConfig, cast(dict[str, Any], values))
+    plugins.load(config.plugins)
+    return config
 
 
 def require(config: RunConfig, *sections: str) -> None:

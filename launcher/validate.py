@@ -111,12 +111,12 @@ def _run(config: RunConfig) -> Iterator[Problem]:
 def _objective(config: RunConfig) -> Iterator[Problem]:
     family = families.family(config.model)
     yield from family.problems(config.model)
-    wanted, legal = config.train.objective, family.objectives(config.model)
+    wanted, legal = config.train.objective, families.objectives(config.model)
     if wanted is not None and wanted not in legal:
-        named = " or ".join(name.value for name in legal)
+        named = " or ".join(legal)
         said = f"{named}, by which this {config.model.family.value} is trained"
-        yield Problem(key="train.objective", got=wanted.value, legal=said)
-    if config.data.fill_in_the_middle.rate and families.objective(config.model, wanted) is not ObjectiveName.causal_lm:
+        yield Problem(key="train.objective", got=wanted, legal=said)
+    if config.data.fill_in_the_middle.rate and families.objective(config.model, wanted) != ObjectiveName.causal_lm:
         legal_rate = "0 without train.objective=causal_lm, which alone predicts what follows"
         got = config.data.fill_in_the_middle.rate
         yield Problem(key="data.fill_in_the_middle.rate", got=got, legal=legal_rate)

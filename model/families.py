@@ -94,7 +94,7 @@ _ENCODER = Family(
 
 FAMILIES: Mapping[FamilyName, Family] = {**dict.fromkeys(FamilyName, _CAUSAL), FamilyName.bert: _ENCODER}
 
-SAMPLES: Mapping[ObjectiveName, str] = {
+SAMPLES: dict[str, str] = {
     ObjectiveName.causal_lm: "causal",
     ObjectiveName.masked_lm: "masked",
     ObjectiveName.masked_lm_next_sentence: "pairs",
@@ -107,6 +107,16 @@ def family(model: ModelConfig) -> Family:
     return FAMILIES[model.family]
 
 
-def objective(model: ModelConfig, asked: ObjectiveName | None) -> ObjectiveName:
+OWN: dict[str, Architecture] = {}
+"""Objectives of plugins, with the architecture whose outputs they read (`model.objectives.register_objective`)."""
+
+
+def objectives(model: ModelConfig) -> tuple[str, ...]:
+    """By what a model can be trained; the first is the default."""
+    row = family(model)
+    return (*row.objectives(model), *(name for name, architecture in OWN.items() if architecture is row.architecture))
+
+
+def objective(model: ModelConfig, asked: str | None) -> str:
     """What a model is trained by: what was asked for, or its family's default."""
-    return asked or family(model).objectives(model)[0]
+    return asked or objectives(model)[0]

@@ -5,7 +5,7 @@ micro-batches and data-parallel slices and divides a single time, so that the re
 was cut. `objective` makes one by its name; `samples` of model/families.py says which form of sample it is for.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import cross_entropy
 
+from model import families
 from model.config import ObjectiveName
+from model.families import Architecture
 from parallel.engine import Objective
 
 
@@ -154,13 +156,37 @@ class MaskedPredictionAndNextSentence:
         return loss + pairs * scale.to(pairs.dtype), weight, reported
 
 
-_MAKERS: Mapping[ObjectiveName, type[Prediction | MaskedPrediction | MaskedPredictionAndNextSentence]] = {
+_MAKERS: dict[str, Callable[..., Objective]] = {
     ObjectiveName.causal_lm: Prediction,
     ObjectiveName.masked_lm: MaskedPrediction,
     ObjectiveName.masked_lm_next_sentence: MaskedPredictionAndNextSentence,
 }
 
 
-def objective(name: ObjectiveName, *, z_loss: float = 0.0) -> Objective:
+def objective(name: str, *, z_loss: float = 0.0) -> Objective:
     """The objective of a name."""
     return _MAKERS[name](z_loss=z_loss)
+
+
+def register_objective(
+    name: str,
+    make: Callable[..., Objective],
+    *,
+    samples: str = "causal",
+    architecture: Architecture = Architecture.causal,
+) -> None:
+    """Makes `train.objective=NAME` mean an objective of your own.
+
+    Args:
+        name: the word in the configuration.
+        make: called with `z_loss=` (`train.z_loss`), gives the objective.
+        samples: the form of the samples that it reads, of which a plugin may register its own.
+        architecture: of the families that it can train.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _MAKERS:
+        raise ValueError(f"there is an objective called {name} already")
+    _MAKERS[name] = make
+    families.SAMPLES[name], families.OWN[name] = samples, architecture

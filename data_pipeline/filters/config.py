@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
+from data_pipeline.filters.registry import OWN
 from parallel.common.errors import Problem
 
 
@@ -126,6 +128,8 @@ class FiltersConfig:
     c4: C4Config = field(default_factory=C4Config)
     fineweb: FineWebConfig = field(default_factory=FineWebConfig)
     code: CodeConfig = field(default_factory=CodeConfig)
+    own: dict[str, Any] = field(default_factory=dict)
+    """Filters that plugins register, by name, each with its options; after all others."""
     mask: tuple[Pii, ...] = ()
     """Personal data to replace by `<EMAIL>`, `<IP>`, `<PHONE>`, `<NATIONAL_ID>` in what is kept."""
 
@@ -135,7 +139,11 @@ class FiltersConfig:
         return self != FiltersConfig()
 
     def problems(self, key: str) -> Iterator[Problem]:
-        """Numbers that make no sense."""
+        """Numbers that make no sense, and filters that nobody registered."""
+        for name in self.own:
+            if name not in OWN:
+                known = ", ".join(OWN) or "none is registered: does `plugins` name the module?"
+                yield Problem(key=f"{key}.own.{name}", got=name, legal=f"a filter of a plugin ({known})")
         if not 0 <= self.language.min_confidence <= 1:
             got = self.language.min_confidence
             yield Problem(key=f"{key}.language.min_confidence", got=got, legal="a number from 0 to 1")

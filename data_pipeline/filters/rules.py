@@ -16,6 +16,7 @@ from data_pipeline.filters.config import (
     GopherRepetitionConfig,
     LengthConfig,
 )
+from data_pipeline.filters.registry import OWN
 from data_pipeline.filters.view import View
 
 STOP_WORDS = {
@@ -53,6 +54,7 @@ def rules(settings: FiltersConfig) -> list[Rule]:
         chosen.append(lambda view: fineweb(view, settings.fineweb))
     if settings.code.enabled:
         chosen.append(lambda view: code(view, settings.code))
+    chosen += [OWN[name](options or {}) for name, options in settings.own.items()]
     return chosen
 
 

@@ -22,10 +22,8 @@ from parallel.common.errors import ConfigError, UserError
 from parallel.common.files import write_json
 from parallel.config import ParallelConfig
 
-_MODULES = {
-    **dict.fromkeys(ObjectiveName, "launcher.evaluation.losses"),
-    ObjectiveName.causal_lm: "launcher.evaluation.bits_per_byte",
-}
+_LOSSES = "launcher.evaluation.losses"
+_MODULES: dict[str, str] = {ObjectiveName.causal_lm: "launcher.evaluation.bits_per_byte"}
 """Who computes: bits per byte where every token of the text is predicted once, else the objective's own losses."""
 
 
@@ -74,7 +72,7 @@ def main(arguments: Sequence[str]) -> int | Work:
     if wanted > ranks.world_size:
         return start_ranks(["evaluate", *_without_ranks(options)], ranks=wanted)
     job = EvaluateJob(checkpoint=checkpoint, config=in_layout(config, wanted), ranks=ranks, copy=options.json)
-    module = _MODULES[families.objective(config.model, config.train.objective)]
+    module = _MODULES.get(families.objective(config.model, config.train.objective), _LOSSES)
     return Work(module=module, job=job, rank=ranks.rank, logs=checkpoint.run.logs)
 
 

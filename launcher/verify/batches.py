@@ -59,7 +59,7 @@ def synthetic_batch(config: RunConfig, step: int, traits: Traits) -> dict[str, T
         length = sequence // traits.silent_slices
         weights[:, length - 1 :: length] = 0
     form = families.SAMPLES[families.objective(config.model, config.train.objective)]
-    return _MORE[form](config, generator) | {
+    return _MORE.get(form, _nothing)(config, generator) | {
         "tokens": tokens[:, :-1].contiguous(),
         "labels": tokens[:, 1:].contiguous(),
         "loss_weights": weights,

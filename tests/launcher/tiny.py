@@ -63,7 +63,7 @@ def _tokenized(trained: Tokenizer, source: str, chosen: Sequence[str]) -> Iterat
         yield TokenizedDocument(id=f"{source}-{index}", tokens=ids, text_bytes=len(text.encode()))
 
 
-def configuration(directory: Path, store: Path, **sections: dict[str, Any]) -> Path:
+def configuration(directory: Path, store: Path, **sections: dict[str, Any] | list[str]) -> Path:
     """A configuration file of a run that takes a second; `sections` are merged into its own."""
     tree: dict[str, Any] = {
         "run": {"name": "tiny", "dir": str(directory / "run")},

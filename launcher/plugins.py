@@ -1,0 +1,42 @@
+"""Bring your own: modules of the user's that register optimizers, objectives, samples and filters.
+
+A module is named in `plugins: [my_package.recipes]` of the configuration, or by an entry point of the group
+`bloomery.plugins` of an installed package. It is imported when a configuration is loaded, in every process that reads
+one, before anything is checked; what it registers is then a word like any other. docs/plugins.md has examples.
+
+It is one of three places that import by name: whose names they are, no import statement can say.
+"""
+
+import importlib
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import entry_points
+
+from parallel.common.errors import UserError
+
+GROUP = "bloomery.plugins"
+
+
+def load(names: Sequence[str]) -> None:
+    """Imports the modules of the installed packages' entry points, then those named.
+
+    Raises:
+        UserError: one is not there, or fails; the sentence names it.
+    """
+    for point in entry_points(group=GROUP):
+        _import(point.module, f"the entry point {point.name} of {point.dist.name if point.dist else 'a package'}")
+    for name in names:
+        _import(name, "plugins")
+
+
+@cache
+def _import(name: str, origin: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise UserError(f"{origin}: the module {name} cannot be imported: {error}.") from error
+        hint = "a module that Python finds (an installed package, or a directory in PYTHONPATH)"
+        raise UserError(f"{origin}: there is no module {name}: expected {hint}.") from error
+    except Exception as error:
+        raise UserError(f"{origin}: the module {name} cannot be imported: {type(error).__name__}: {error}.") from error
