@@ -1,28 +1,66 @@
-"""torchrun itself, with a quiet end: started by `--ranks N`, never by hand.
+"""torchrun itself, with a quiet end: started by `--ranks N` and by slurm/train.sbatch, never by hand.
 
 Where a worker fails, its own stack trace has been printed and `outcome.json` holds the cause; torchrun's summary of
-exit codes after it would only bury both. This process dies with its starter, so that no rank outlives a killed
-`bloomery train`.
+exit codes after it would only bury both. A worker that a signal killed cannot speak: its node is noted down for it.
+
+A TERM reaches the workers too, who save and stop. torchrun would kill them 30 s later, whatever they are writing; here
+whoever sent the signal (a scheduler, with its own grace time) decides when it was long enough. Started by `--ranks N`,
+this process dies with its starter, so that no rank outlives a killed `bloomery train`.
 """
 
 import logging
 import os
+import signal
+import socket
 import sys
+from pathlib import Path
 
 from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.run import main
 
-from launcher.lifetime import die_with_parent
-from launcher.work import STARTER_VARIABLE
+from launcher.lifetime import children, die_with_parent, send
+from launcher.work import ATTEMPT_VARIABLE, BLAME_VARIABLE, STARTER_VARIABLE
+from parallel.common.lines import JsonLines
+
+_KILLED_BY_TORCHRUN = (-signal.SIGTERM,)
+
+
+def _hand_on(number: int, _frame: object) -> None:
+    workers = children(os.getpid())
+    for worker in workers:
+        send(worker, number)
+    if not workers:
+        os._exit(128 + number)
+
+
+def _note(failed: ChildFailedError) -> None:
+    """The node whose rank was killed, for the scheduler's next choice of nodes."""
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    killed = {rank: failure for rank, failure in failed.failures.items() if failure.exitcode < 0}
+    for rank, failure in killed.items():
+        if failure.exitcode in _KILLED_BY_TORCHRUN:
+            continue
+        cause = f"rank {rank} on {host} was killed by {signal.Signals(-failure.exitcode).name}"
+        print(f"bloomery: {cause}", file=sys.stderr, flush=True)
+        if BLAME_VARIABLE in os.environ:
+            record = {"attempt": os.environ.get(ATTEMPT_VARIABLE), "host": host, "cause": cause}
+            JsonLines(Path(os.environ[BLAME_VARIABLE])).append(record)
+
 
 if __name__ == "__main__":
-    die_with_parent(int(os.environ[STARTER_VARIABLE]))
+    if STARTER_VARIABLE in os.environ:
+        die_with_parent(int(os.environ[STARTER_VARIABLE]))
+    signal.signal(signal.SIGTERM, _hand_on)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        main(sys.argv[1:])
-    except (ChildFailedError, SignalException):
+        main(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
+    except ChildFailedError as failed:
+        _note(failed)
+        sys.exit(1)
+    except (SignalException, RendezvousConnectionError):  # the latter: the first node's agent has ended before
         sys.exit(1)
     except DistNetworkError as error:
         print(f"bloomery: no free port for the ranks to meet on this machine ({error}).", file=sys.stderr)

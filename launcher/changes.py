@@ -30,7 +30,7 @@ Changes = Mapping[str, tuple[Any, Any]]
 CODE, VERSIONS = "code", "versions"
 _FREE = (
     "run.name", "run.dir", "parallel.", "train.micro_batch_size", "train.log_every_steps", "checkpoint.", "evaluate.",
-    "tracking.", "data.sources", "data.store", "data.stages.", "data.tokenizer.", "data.validation.",
+    "tracking.", "slurm.", "data.sources", "data.store", "data.stages.", "data.tokenizer.", "data.validation.",
     "data.shard_tokens",
 )  # fmt: skip
 """Keys that change neither the samples nor the numbers that are computed from them, rounding apart. What the store was

@@ -12,7 +12,7 @@ interrupted; 1 anything else, with its stack trace.
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,16 @@ VERBS = {
     ),
     "train": Verb(
         module="launcher.verbs.train", arguments="CONFIG... [key=value ...]", meaning="train, or go on where it stopped"
+    ),
+    "submit": Verb(
+        module="launcher.verbs.submit",
+        arguments="CONFIG... --nodes N [key=value ...]",
+        meaning="train as a Slurm job that survives its cluster",
+    ),
+    "status": Verb(
+        module="launcher.verbs.status",
+        arguments="[RUN]",
+        meaning="where runs are: job, attempts, steps lost, speed, time to go, last error",
     ),
     "verify": Verb(
         module="launcher.verbs.verify",
@@ -99,8 +109,13 @@ def help_text() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    return guarded(lambda: _dispatch(given))
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Does something for a user, whose mistakes are told in one sentence; returns the exit code."""
     try:
-        return _dispatch(given)
+        return work()
     except KeyboardInterrupt:
         return 130
     except Exception as error:

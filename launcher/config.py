@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.config import DataConfig
 from launcher import plugins
+from launcher.slurm.config import SlurmConfig
 from model.config import ModelConfig
 from parallel.common.errors import ConfigError, Problem, UserError
 from parallel.common.files import write_text
@@ -127,6 +128,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
     plugins: list[str] = field(default_factory=list)
     """Modules that register optimizers, objectives, samples and filters of one's own (docs/plugins.md)."""
 

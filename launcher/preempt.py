@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from parallel.common.faults import fault_point
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
@@ -68,6 +70,7 @@ class Preempt:
 
     def agreed(self) -> bool:
         """Whether some rank was asked to stop; the same on every rank. All ranks call this once a step."""
+        fault_point("train.step")
         flags = torch.tensor([self._received, *(asked.ask() for asked in self._asked)])  # [1 + asked]
         if self._group is not None:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)

@@ -1,7 +1,7 @@
 """The directory of one run: what stands in it and who may write to it.
 
     config.yaml  code.json  history.jsonl  metrics.jsonl  events.jsonl  outcome.json  lock  checkpoints/  wandb/  logs/
-    evaluation.json  samples.jsonl  report.html      (of `bloomery evaluate`, `generate`, `report`)
+    logs/jobs.jsonl  evaluation.json  samples.jsonl  report.html    (of `submit`, `evaluate`, `generate`, `report`)
 
 Contract: one live process group writes to a run. The lock is an advisory lock of the operating system on the file
 `lock`, which a dead process cannot hold; its content names the holder for those who are refused. Only rank 0 writes
@@ -10,6 +10,7 @@ here (checkpoints and logs excepted). Imports without torch.
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
@@ -24,6 +25,8 @@ from launcher.outcome import Outcome
 from parallel.common.errors import UserError
 from parallel.common.files import write_json
 from parallel.common.lines import JsonLines
+
+logger = logging.getLogger(__name__)
 
 _PROBE_SECONDS = 1.0
 """Whoever only looks whether the lock is free holds it, shared, for an instant."""
@@ -44,6 +47,7 @@ class RunDirectory:
         self.history = JsonLines(path / "history.jsonl")
         self.events = JsonLines(path / "events.jsonl")
         self.samples = JsonLines(path / "samples.jsonl")
+        self.jobs = JsonLines(self.logs / "jobs.jsonl")
 
     def has_checkpoint(self) -> bool:
         """Whether some step was saved: from then on the configuration is what the run is."""
@@ -123,12 +127,14 @@ class Records:
         directory = self._directory
         for lines in (directory.history, directory.events):
             lines.keep(lambda _: True)
+        reached = max((record["step"] for record in directory.metrics), default=0)
         directory.metrics.keep(lambda record: record["step"] <= step)
         directory.history.append(
             {
                 "attempt": self._attempt,
                 "time": time.time(),
                 "from_step": step,
+                "steps_lost": max(0, reached - step),
                 "from_checkpoint": None if origin is None else str(origin),
                 "changes": {name: list(values) for name, values in changes.items()},
                 "layout": dict(layout),
@@ -148,7 +154,12 @@ class Records:
 
 
 class Lock:
-    """The right to write to a run, held until the process ends."""
+    """The right to write to a run, held until the process ends.
+
+    Under Slurm a process may be over and not know it: its node froze, and the job was started anew. The operating
+    system, or a file server, may hold its lock for ever. So a later start of the same job takes the run over, past the
+    lock; the older start can no longer commit (`parallel.checkpoint.fence`).
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -160,10 +171,14 @@ class Lock:
         Raises:
             UserError: a live process holds it.
         """
-        self._try(fcntl.LOCK_EX, seconds=_PROBE_SECONDS)
+        if not self._try(fcntl.LOCK_EX, seconds=_PROBE_SECONDS):
+            logger.warning("taking the run over from an earlier start of this job, which Slurm has given up")
+            self._path.unlink(missing_ok=True)
+            self._file = open(self._path, "a+")  # noqa: SIM115
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._file.seek(0)
         self._file.truncate()
-        json.dump({"process": os.getpid(), "host": socket.gethostname(), "attempt": attempt}, self._file)
+        json.dump({"process": os.getpid(), "host": socket.gethostname(), "attempt": attempt, **_slurm()}, self._file)
         self._file.flush()
 
     def close(self) -> None:
@@ -171,12 +186,18 @@ class Lock:
         self._file.close()
 
     @staticmethod
-    def attempt(path: Path) -> str | None:
-        """Token of the attempt that took the lock last."""
+    def holder(path: Path) -> dict[str, Any]:
+        """Who took the lock last; empty where nobody can tell."""
         try:
-            return json.loads(path.read_text())["attempt"]
-        except (OSError, ValueError, KeyError):
-            return None
+            holder = json.loads(path.read_text())
+            return holder if isinstance(holder, dict) else {}
+        except (OSError, ValueError):
+            return {}
+
+    @classmethod
+    def attempt(cls, path: Path) -> str | None:
+        """Token of the attempt that took the lock last."""
+        return cls.holder(path).get("attempt")
 
     @classmethod
     def check_free(cls, path: Path) -> None:
@@ -192,25 +213,49 @@ class Lock:
             finally:
                 lock.close()
 
-    def _try(self, kind: int, *, seconds: float) -> None:
+    @classmethod
+    def held(cls, path: Path) -> bool:
+        """Whether some process holds the lock; a look, nothing more."""
+        try:
+            with open(path) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            pass
+        return False
+
+    def _try(self, kind: int, *, seconds: float) -> bool:
+        """Whether the lock was got; if not, its holder is an earlier start of this job, which is over."""
         deadline = time.monotonic() + seconds
         while True:
             try:
-                return fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+                fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+                return True
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     break
                 time.sleep(0.05)
-        self._file.seek(0)
-        try:
-            holder = json.loads(self._file.read())
-            who = f"process {holder['process']} on {holder['host']}"
-        except (ValueError, KeyError):
-            who = "another process"
         self._file.close()
-        raise UserError(f"the run {self._path.parent} is being written by {who}: wait until it ends, or stop it.")
+        holder = self.holder(self._path)
+        if _earlier_start(holder):
+            return False
+        who = f"process {holder['process']} on {holder['host']}" if "process" in holder else "another process"
+        job = f" (Slurm job {holder['slurm_job_id']})" if "slurm_job_id" in holder else ""
+        raise UserError(f"the run {self._path.parent} is being written by {who}{job}: wait until it ends, or stop it.")
+
+
+def _earlier_start(holder: Mapping[str, Any]) -> bool:
+    """Whether a lock was taken by this very Slurm job, before it was requeued or its ranks were started again."""
+    own = _slurm()
+    job = "slurm_job_id"
+    return job in own and own[job] == holder.get(job) and _start(own) > _start(holder)
+
+
+def _start(slurm: Mapping[str, Any]) -> tuple[int, int]:
+    return int(slurm.get("slurm_restart_count", 0)), int(slurm.get("bloomery_try", 0))
 
 
 def _slurm() -> dict[str, str]:
-    names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_ARRAY_TASK_ID")
+    names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_ARRAY_TASK_ID", "BLOOMERY_TRY")
     return {name.lower(): os.environ[name] for name in names if name in os.environ}

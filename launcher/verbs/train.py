@@ -15,6 +15,7 @@ from launcher.config import RunConfig
 from launcher.length import total_steps
 from launcher.places import find_step
 from launcher.run_directory import Lock, RunDirectory
+from launcher.slurm.shrink import in_fewer_ranks
 from launcher.start import available_ranks, start_ranks
 from launcher.validate import check_training
 from launcher.work import Ranks, Work, from_environment, is_first_rank
@@ -61,12 +62,8 @@ def main(arguments: Sequence[str]) -> int | Work:
         return 0
     ranks = from_environment()
     wanted = ranks_to_start(ranks, options.ranks)
-    path = _checked(config, wanted)
-    directory = RunDirectory(path)
-    changes.check(directory, config)
-    if config.checkpoint.load is not None and not directory.has_checkpoint():
-        find_step(config.checkpoint.load)
-    Lock.check_free(directory.lock)
+    config, directory = prepared(config, ranks=wanted)
+    path = directory.path
     if directory.finished(config):
         if is_first_rank():
             print(f"{path} is finished: {total_steps(config)} steps. Another run.name starts a new run.")
@@ -76,6 +73,24 @@ def main(arguments: Sequence[str]) -> int | Work:
         return start_ranks(["train", *options.config], ranks=wanted)
     job = TrainJob(config=config, directory=path, ranks=ranks)
     return Work(module="launcher.train", job=job, rank=ranks.rank, logs=directory.logs)
+
+
+def prepared(config: RunConfig, *, ranks: int) -> tuple[RunConfig, RunDirectory]:
+    """All that can be checked before a rank starts; the configuration in the layout that fits, and its run.
+
+    Raises:
+        UserError: this run cannot be trained on so many ranks, or not now.
+    """
+    if config.slurm.shrink:
+        config = in_fewer_ranks(config, ranks)
+    check_training(config, ranks=ranks)
+    check_training(config, ranks=ranks, store=open_store(config.data))
+    directory = RunDirectory(configuration.run_directory(config))
+    changes.check(directory, config)
+    if config.checkpoint.load is not None and not directory.has_checkpoint():
+        find_step(config.checkpoint.load)
+    Lock.check_free(directory.lock)
+    return config, directory
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -110,9 +125,3 @@ def positive(text: str) -> int:
     if number < 1:
         raise ValueError(text)
     return number
-
-
-def _checked(config: RunConfig, ranks: int) -> Path:
-    check_training(config, ranks=ranks)
-    check_training(config, ranks=ranks, store=open_store(config.data))
-    return configuration.run_directory(config)
