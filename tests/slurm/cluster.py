@@ -2,7 +2,8 @@
 
 Debian's packages (22.05, built for several slurmd on one machine), root, no system file touched: own configuration,
 own munge key, own state, all under one directory. A node is a UTS, mount and process-id namespace (tests/slurm/node.py)
-with an address of its own in 127.0.0.0/8. Without cgroups: Slurm limits neither memory nor devices here.
+with an address of its own in 127.0.0.0/8, so that several clusters stand beside each other. Without cgroups: Slurm
+limits neither memory nor devices here.
 
 Every process is held as a child of this one by its handle and dies with it, so that nothing is ended by name and
 nothing is left. Timers are short: a silent node is down after 10 s, a requeued job may start again after 5 s.
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 NODE_INIT = Path(__file__).with_name("node.py")
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "unshare", "nsenter", "setpriv")
@@ -122,13 +124,16 @@ class Cluster:
         self.nodes = [f"node{number}" for number in range(nodes)]
         self.environment = {"SLURM_CONF": str(self.configuration)}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._port = _free_port()
+        self._port, self._addresses = (
+            _free_port(),
+            f"127.{secrets.choice(range(20, 250))}.{secrets.choice(range(1, 250))}",
+        )
         for name in ("state", "log", *(f"spool/{node}" for node in self.nodes)):
             (self.directory / name).mkdir(parents=True)
         self._write(cpus)
 
     def _write(self, cpus: int) -> None:
-        addresses = {node: f"127.0.0.{10 + number}" for number, node in enumerate(self.nodes)}
+        addresses = {node: f"{self._addresses}.{10 + number}" for number, node in enumerate(self.nodes)}
         lines = [
             f"NodeName={node} NodeHostname={node} NodeAddr={address} Port={self._port + 1 + number} CPUs={cpus} "
             f"Boards=1 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=8000"
@@ -200,6 +205,10 @@ class Cluster:
             self.said("scontrol", "update", f"nodename={node}", "state=resume")
         return state in ("idle", "mixed", "allocated", "completing")
 
+    def kill(self, process: int) -> None:
+        """Ends a process of a node, which `processes` has found, as the kernel does where memory is exhausted."""
+        os.kill(process, signal.SIGKILL)
+
     def kill_slurmd(self, node: str) -> None:
         """Ends the node's slurmd alone; the jobs there run on."""
         for process in self.processes(node, r"^slurmd "):
@@ -259,10 +268,11 @@ class Cluster:
         """What one of Slurm's commands prints; empty where it fails."""
         return self.run(*command).stdout
 
-    def run(self, *command: str, **options: object) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Runs one of Slurm's commands, or anything that calls them, against this cluster."""
-        environment = {**os.environ, **self.environment}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload]
+        given: dict[str, Any] = {"env": os.environ, **options}
+        given["env"] = {**given["env"], **self.environment}
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, **given)
 
     def _init(self, node: str) -> int:
         outer = self._processes[node].pid
