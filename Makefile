@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python -P
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint format reference bench faults-table clean
+.PHONY: help venv quickstart test test-slurm lint format reference bench faults-table clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -17,6 +17,9 @@ quickstart: venv ## from raw text to a trained model; DATA=path takes your own j
 
 test: venv ## the tests
 	@$(PYTHON) -m pytest -n logical --maxprocesses 8
+
+test-slurm: venv ## all faults of a cluster, on a real Slurm of four nodes (as root; installs Debian's packages)
+	@BLOOMERY_TEST_SLURM=1 $(PYTHON) -m pytest -n 3 tests/slurm
 
 lint: venv ## ruff and pyright
 	@$(PYTHON) -m ruff check .

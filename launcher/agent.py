@@ -18,7 +18,6 @@ from pathlib import Path
 from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.run import main
 
 from launcher.lifetime import children, die_with_parent, send
@@ -60,7 +59,7 @@ if __name__ == "__main__":
     except ChildFailedError as failed:
         _note(failed)
         sys.exit(1)
-    except (SignalException, RendezvousConnectionError):  # the latter: the first node's agent has ended before
+    except SignalException:
         sys.exit(1)
     except DistNetworkError as error:
         print(f"bloomery: no free port for the ranks to meet on this machine ({error}).", file=sys.stderr)

@@ -34,6 +34,7 @@ from parallel.checkpoint.agreement import exchange
 from parallel.checkpoint.checkpoints import Checkpoints
 from parallel.checkpoint.fence import Fence
 from parallel.checkpoint.retention import Retention
+from parallel.common.lines import JsonLines
 from parallel.common.stateful import Stateful
 from parallel.engine import Engine, Objective
 from parallel.precision import model_dtype
@@ -85,10 +86,11 @@ def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preemp
         plan=plan_of(config),
     )
     progress = Progress(total_steps=steps, batch_sizes=batch_sizes(config), sequence_length=train.sequence_length)
+    fence = Fence(attempt=attempt, holder=partial(Lock.attempt, directory.lock))
     checkpoints = Checkpoints(
         directory.checkpoints,
         retention=Retention.of(config.checkpoint),
-        fence=Fence(attempt=attempt, holder=partial(Lock.attempt, directory.lock)),
+        fence=fence,
         layout=dict(topology.describe()),
         config=configuration.to_dict(config),
         group=_hosts(),
@@ -119,7 +121,7 @@ def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preemp
             dtype=model_dtype(config.precision),
         ),
         display=display,
-        tracker=_tracker(config, directory, display, rank=topology.rank),
+        tracker=_tracker(config, directory, fence, display, rank=topology.rank),
     )
 
 
@@ -170,11 +172,13 @@ def _hosts() -> ProcessGroup:
     return group
 
 
-def _tracker(config: RunConfig, directory: RunDirectory, display: Display, *, rank: int) -> Tracker:
+def _tracker(config: RunConfig, directory: RunDirectory, fence: Fence, display: Display, *, rank: int) -> Tracker:
+    """Metrics are this attempt's alone: one that is over would write steps into the run that stand there already."""
     if rank != 0:
         return Tracker(metrics=None, display=display, remote=None)
     remote = None
     if config.tracking.wandb.mode is not WandbMode.disabled:
         shown = configuration.to_dict(config)
         remote = WeightsAndBiases(config.tracking.wandb, run=directory.path, name=config.run.name, shown=shown)
-    return Tracker(metrics=directory.metrics, display=display, remote=remote)
+    metrics = JsonLines(directory.metrics.path, check=partial(fence.check, "write down a step"))
+    return Tracker(metrics=metrics, display=display, remote=remote)

@@ -22,6 +22,7 @@ from launcher import config as configuration
 from launcher.config import RunConfig
 from launcher.length import total_steps
 from launcher.outcome import Outcome
+from launcher.slurm.lead import lead_time_too_short
 from parallel.common.errors import UserError
 from parallel.common.files import write_json
 from parallel.common.lines import JsonLines
@@ -99,6 +100,7 @@ class Records:
         self._directory = directory
         self._attempt = attempt
         self._writes = writes
+        self._said_short = False
 
     def begin(
         self,
@@ -145,6 +147,14 @@ class Records:
         configuration.save(config, directory.config)
         write_json(directory.code, dict(code))
         self.event("started" if step == 0 else "resumed", step=step)
+
+    def saved(self, *, step: int, **facts: Any) -> None:
+        """Notes that a checkpoint is whole, and says where saving takes longer than a stop leaves time for."""
+        self.event("saved", step=step, **facts)
+        short = lead_time_too_short(self._directory.events) if self._writes else None
+        if short is not None and not self._said_short:
+            logger.warning("%s", short)
+            self._said_short = True
 
     def event(self, name: str, *, step: int, **facts: Any) -> None:
         """Adds a line to `events.jsonl`."""

@@ -67,7 +67,7 @@ def save(parts: Parts, result: StepResult, records: Records) -> None:
         step,
         parts.participants,
         metrics={"loss": loss, **parts.validation.at(step)},
-        committed=partial(records.event, "saved", step=step),
+        committed=partial(records.saved, step=step),
     )
     parts.saving.saved()
 

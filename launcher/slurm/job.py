@@ -20,6 +20,7 @@ from launcher import config as configuration
 from launcher.cli import guarded
 from launcher.outcome import Outcome
 from launcher.run_directory import RunDirectory
+from launcher.slurm.lead import lead_time_too_short
 from launcher.verbs.train import prepared, split
 from parallel.checkpoint.manifest import whole_steps
 from parallel.common.lines import JsonLines
@@ -90,6 +91,9 @@ def begin(words: Sequence[str]) -> int:
         print(f"{directory.path} is finished: {configuration.total_steps(config)} steps.", file=sys.stderr)
         return 0
     directory.logs.mkdir(parents=True, exist_ok=True)
+    short = lead_time_too_short(directory.events)
+    if short is not None:
+        print(short, file=sys.stderr)
     print(directory.path.resolve())
     return 0
 

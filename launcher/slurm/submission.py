@@ -95,7 +95,6 @@ def sbatch(
     flags = {
         "job-name": name,
         "nodes": nodes,
-        "ntasks-per-node": 1,
         "gpus-per-node": config.gpus_per_node,
         "cpus-per-task": config.cpus_per_node,
         "mem": config.memory,

@@ -16,12 +16,16 @@ from parallel.common.files import atomic_writer
 class JsonLines:
     """One append-only file. Floats round-trip; NaN and infinities are refused (write None)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, check: Callable[[], None] | None = None) -> None:
+        """`check` is called before each line and may refuse it by an error."""
         self.path = path
+        self._check = check
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds one object as one line and hands it to the operating system."""
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        if self._check is not None:
+            self._check()
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, line.encode())

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -18,11 +19,13 @@ from launcher.outcome import Outcome
 from launcher.run_directory import Lock, RunDirectory
 from launcher.slurm.config import TEXTS, SlurmConfig, minutes, slurm_problems
 from launcher.slurm.job import Ended, Verdict, bad_nodes, decide, fruitless
+from launcher.slurm.job import main as job_main
+from launcher.slurm.lead import lead_time_too_short
 from launcher.slurm.shrink import in_fewer_ranks
 from launcher.slurm.submission import SCRIPTS, inherited
 from parallel.common.errors import UserError
 from parallel.common.lines import JsonLines
-from tests.launcher.tiny import configuration
+from tests.launcher.tiny import configuration, run
 
 HOSTILE = ("a\nb", "$(touch pwned)", "`id`", "../evil", "a;b", "a b", "--wrap=id", "a'b", 'a"b', "a\\b", "a\x00b", "%x")
 
@@ -46,7 +49,7 @@ def test_the_line_is_sbatch_with_flags_on_the_script(
     script = words.index(str(SCRIPTS / "train.sbatch"))
     assert words[script + 1 :] == [str(config), "parallel.tensor=2", "slurm.exclude=[n1,n2]"]
     assert {
-        "--nodes=2", "--ntasks-per-node=1", "--partition=gpu", "--time=720", "--gpus-per-node=h100:2", "--account=lab",
+        "--nodes=2", "--partition=gpu", "--time=720", "--gpus-per-node=h100:2", "--account=lab",
         "--exclude=n1,n2", "--signal=B:USR1@300", "--open-mode=append", "--dependency=singleton", "--requeue",
         "--job-name=tiny",
     } <= set(words[:script])  # fmt: skip
@@ -262,3 +265,25 @@ def test_a_later_start_of_the_same_job_takes_the_run_over(
         finally:
             lock.close()
             frozen.terminate()
+
+
+@pytest.mark.distributed
+@pytest.mark.fault(
+    number=6,
+    fault="saves take longer than the lead time before the time limit leaves for them",
+    holds="said after the first save, and at the start of each later job, with the number that would do",
+    recovery_seconds=None,
+)
+def test_a_lead_time_too_short_for_a_save_is_said(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configuration(tmp_path, store, train={"steps": 3}, checkpoint={"every_steps": 1})
+    monkeypatch.setenv("BLOOMERY_LEAD_SECONDS", "1")
+    monkeypatch.setenv("BLOOMERY_FAULT", "checkpoint.before_rename:sleep=0.8")
+    codes, said = run("train", config, ranks=2)
+    assert codes == [0, 0], said
+    assert said.count("slurm.lead_seconds is 1, and saving has taken") == 1
+    assert job_main(["begin", str(config), "train.steps=4", "checkpoint.allow_changes=[train.steps]"]) == 0
+    assert re.search(r"saving has taken .* give it \d+ at least", capsys.readouterr().err)
+    monkeypatch.setenv("BLOOMERY_LEAD_SECONDS", "60")
+    assert lead_time_too_short(RunDirectory(tmp_path / "run").events) is None

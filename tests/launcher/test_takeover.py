@@ -36,3 +36,4 @@ def test_a_thawed_attempt_commits_nothing(tmp_path: Path, store: Path) -> None:
     assert f"belongs to the attempt {outcome.attempt} now" in frozen.said()
     assert {path: path.read_bytes() for path in directory.checkpoints.rglob("*") if path.is_file()} == before
     assert Outcome.read(directory.outcome) == outcome
+    assert [line["step"] for line in directory.metrics] == list(range(1, 61)), "it writes no step down either"

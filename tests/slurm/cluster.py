@@ -9,6 +9,7 @@ Every process is held as a child of this one by its handle and dies with it, so 
 nothing is left. Timers are short: a silent node is down after 10 s, a requeued job may start again after 5 s.
 """
 
+import fcntl
 import os
 import re
 import secrets
@@ -94,18 +95,30 @@ def why_not() -> str | None:
 
 
 def _install() -> str | None:
-    """Debian's packages, without starting what they would start; takes 10 to 20 s once."""
+    """Debian's packages, without starting what they would start; takes 10 to 20 s once, whoever else tests here."""
     if shutil.which("apt-get") is None:
         return f"Slurm is not installed, and there is no apt-get for {', '.join(PACKAGES)}"
+    with open("/tmp/bloomery-slurm-packages.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return None if all(map(shutil.which, COMMANDS)) else _install_packages()
+
+
+def _install_packages() -> str | None:
     policy = Path("/usr/sbin/policy-rc.d")
     ours = not policy.exists()
     if ours:
         policy.write_text("#!/bin/sh\nexit 101\n")
         policy.chmod(0o755)
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    apt = ["apt-get", "-qq", "-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=30"]
     try:
         for step in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-            done = subprocess.run(["apt-get", "-qq", *step], env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                [*apt, *step],
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
             if done.returncode:
                 said = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
                 return f"Slurm's packages cannot be installed: {said[-1]}"

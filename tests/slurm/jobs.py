@@ -87,7 +87,7 @@ class Job:
 
     def ranks(self, node: str) -> list[int]:
         """Process ids of the ranks on a node."""
-        return self.cluster.processes(node, rf"-m launcher train .*{re.escape(self.run.parent.name)}/")
+        return self.cluster.processes(node, rf"-u -m launcher train .*{re.escape(self.run.parent.name)}/")
 
     def told(self) -> str:
         """What the job printed, steps left out."""
