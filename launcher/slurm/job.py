@@ -18,6 +18,7 @@ from pathlib import Path
 
 from launcher import config as configuration
 from launcher.cli import guarded
+from launcher.length import total_steps
 from launcher.outcome import Outcome
 from launcher.run_directory import RunDirectory
 from launcher.slurm.lead import lead_time_too_short
@@ -88,7 +89,7 @@ def begin(words: Sequence[str]) -> int:
     ranks = int(os.environ.get("BLOOMERY_RANKS_PER_NODE") or os.environ.get("SLURM_GPUS_ON_NODE") or 1)
     _, directory = prepared(config, ranks=nodes * ranks)
     if directory.finished(config):
-        print(f"{directory.path} is finished: {configuration.total_steps(config)} steps.", file=sys.stderr)
+        print(f"{directory.path} is finished: {total_steps(config)} steps.", file=sys.stderr)
         return 0
     directory.logs.mkdir(parents=True, exist_ok=True)
     short = lead_time_too_short(directory.events)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher import config as configuration
+from launcher.length import total_steps
 from launcher.outcome import Outcome
 from launcher.run_directory import Lock, RunDirectory
 from launcher.slurm.queue import Job, find_job
@@ -72,7 +73,7 @@ def status(directory: RunDirectory) -> Status:
     job = find_job(jobs[-1]) if jobs else None
     total = None
     if directory.config.is_file():
-        total = configuration.total_steps(configuration.load([directory.config]))
+        total = total_steps(configuration.load([directory.config]))
     step = metrics[-1]["step"] if metrics else 0
     state = _state(directory, outcome, job, attempts=[attempt["attempt"] for attempt in history])
     rates = [record["tokens_per_second"] for record in metrics[-_RECENT:]]
