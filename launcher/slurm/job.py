@@ -67,7 +67,7 @@ def decide(ended: Ended) -> Verdict:
     outcome = ended.outcome
     said = outcome.exit_code if outcome is not None else None
     cause = outcome.message if outcome is not None else f"the ranks ended without a word (code {ended.code})"
-    if said in (2, 130):
+    if said in (0, 2, 130):
         return Verdict(word="stop", code=said, because=cause)
     if ended.asked or ended.preempted or said == 75:
         why = "the time limit is near" if ended.asked else "preempted" if ended.preempted else "asked to stop"
@@ -105,7 +105,7 @@ def after(options: argparse.Namespace) -> int:
     directory = RunDirectory(configuration.run_directory(config))
     told = Outcome.read(Path(os.environ["BLOOMERY_OUTCOME"]))
     outcome = told if told is not None and told.attempt == options.attempt else None
-    failed = outcome is None or outcome.exit_code not in (2, 75, 130)
+    failed = outcome is None or outcome.exit_code not in (0, 2, 75, 130)
     excluded = _words(options.excluded.replace("(null)", ""))
     verdict = decide(
         Ended(

@@ -166,6 +166,7 @@ def ended(code: int | None = None, **facts: object) -> Ended:
         (ended(None, preempted=True), "requeue", 75),
         (ended(None, asked=True), "requeue", 75),
         (ended(1, asked=True), "requeue", 75),
+        (ended(0), "stop", 0),
         (ended(2), "stop", 2),
         (ended(2, asked=True), "stop", 2),
         (ended(130), "stop", 130),
