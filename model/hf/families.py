@@ -51,6 +51,12 @@ FAMILIES: Mapping[FamilyName, Family] = {
     ),
 }
 
+_HYBRIDS: Mapping[str, str] = {
+    **dict.fromkeys(("bamba", "falcon_h1", "jamba", "mamba", "mamba2", "nemotron_h", "zamba", "zamba2"), "Mamba"),
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe"), "gated delta rule (GDN)"),
+}
+"""Models with layers that are no attention, and which."""
+
 
 def family_of(found: Mapping[str, Any]) -> Family:
     """The family that a `config.json` names.
@@ -59,6 +65,11 @@ def family_of(found: Mapping[str, Any]) -> Family:
         UserError: it is not one that is converted.
     """
     kind = found.get("model_type")
+    if kind is not None and kind in _HYBRIDS:
+        raise UserError(
+            f"config.json has model_type {kind!r}, whose layers are partly {_HYBRIDS[kind]}: they need Transformer "
+            "Engine and CUDA kernels (mamba-ssm, causal-conv1d, flash-linear-attention), which are not used here yet"
+        )
     if kind not in FAMILIES:
         raise UserError(f"config.json has model_type {kind!r}: those that are converted are {', '.join(FAMILIES)}")
     return FAMILIES[FamilyName(kind)]

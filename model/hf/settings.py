@@ -6,7 +6,7 @@ key is a mistake that names it; so a model with something that ours lacks is ref
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from model.config import LatentConfig, ModelConfig, MoeConfig
@@ -144,6 +144,8 @@ def _check_said(settings: Settings, config: ModelConfig, model_type: str) -> Non
     if config.moe.experts and "moe.experts" not in settings.fields.values():
         raise UserError(f"a {model_type} has no experts: export it as one that has, such as mixtral")
     plain = ModelConfig(layers=1, hidden_size=1, heads=1, ffn_hidden_size=1)
+    if config.kv_heads == config.heads:  # what is left open says the same
+        config = replace(config, kv_heads=None)
     names = [*ModelConfig.__slots__, *(f"moe.{name}" for name in MoeConfig.__slots__ if config.moe.experts)]
     names += [f"latent.{name}" for name in LatentConfig.__slots__ if config.latent.kv_rank is not None]
     by_key = {*settings.fields.values(), *settings.constants, *settings.said_by_names}

@@ -231,7 +231,8 @@ def test_the_configuration_comes_back(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "told"),
     [
-        ("llama", {"model_type": "mamba"}, "model_type 'mamba'"),
+        ("llama", {"model_type": "rwkv"}, "model_type 'rwkv'"),
+        ("llama", {"model_type": "nemotron_h"}, "partly Mamba: they need Transformer Engine and CUDA kernels"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ("llama", {"residual_multiplier": 2.0}, "residual_multiplier = 2.0"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "factor": 2.0}}, "'yarn'"),
