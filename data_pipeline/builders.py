@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.batch import make_batch
-from data_pipeline.config import MaskingConfig
+from data_pipeline.corruption import MaskingConfig, SpansConfig
 from data_pipeline.samples import Samples
 from data_pipeline.store import Store
 
@@ -30,6 +30,7 @@ class Setting:
     mask_documents: bool
     """Whether positions and document ids tell the documents of a sample apart."""
     masking: MaskingConfig
+    spans: SpansConfig
 
 
 class SampleBuilder(ABC):

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from data_pipeline.corruption import MaskingConfig, SpansConfig
 from data_pipeline.filters.config import FiltersConfig
 from parallel.common.errors import Problem
 
@@ -183,29 +184,6 @@ class FillInTheMiddleConfig:
     """Only in these sources, for example code; empty: in all."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MaskingConfig:
-    """Which tokens are covered, for masked language modelling."""
-
-    share: float = 0.15
-    """Share of the tokens that are predicted."""
-    whole_words: bool = False
-    """All tokens of a word are covered together."""
-    covered: float = 0.8
-    """Share of the predicted tokens that are replaced by the mark."""
-    exchanged: float = 0.1
-    """Share of them that are replaced by a random token; what remains of 1 stays as it is."""
-
-    def problems(self) -> Iterator[Problem]:
-        """What is wrong with the values."""
-        if not 0 < self.share < 1:
-            yield Problem(key="data.masking.share", got=self.share, legal="a number between 0 and 1")
-        for key, share in (("covered", self.covered), ("exchanged", self.exchanged)):
-            if not 0 <= share <= 1 or self.covered + self.exchanged > 1:
-                legal = "a share of 0 or more; covered and exchanged are 1 at most together"
-                yield Problem(key=f"data.masking.{key}", got=share, legal=legal)
-
-
 class Engine(StrEnum):
     """Where the stages of a corpus job do their work."""
 
@@ -263,6 +241,7 @@ class DataConfig:
     """With best_fit: at most so many documents, or pieces of them, in a sequence."""
     fill_in_the_middle: FillInTheMiddleConfig = field(default_factory=FillInTheMiddleConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    spans: SpansConfig = field(default_factory=SpansConfig)
     follow: bool = False
     """Train while the store still grows (`bloomery data grow`): wait where it is behind."""
     follow_seconds: float = 1800.0
@@ -350,6 +329,7 @@ def training_problems(config: DataConfig, sequence_length: int) -> Iterator[Prob
         if not 0 <= share <= 1:
             yield Problem(key=f"data.fill_in_the_middle.{key}", got=share, legal="a number from 0 to 1")
     yield from config.masking.problems()
+    yield from config.spans.problems()
     most = config.max_documents_per_sequence
     if most is not None and (most < 1 or config.packing is not Packing.best_fit):
         legal = "1 or more, with data.packing=best_fit"

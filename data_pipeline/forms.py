@@ -5,9 +5,15 @@ from collections.abc import Callable
 from data_pipeline.builders import Causal, SampleBuilder, Setting
 from data_pipeline.masking import Masked
 from data_pipeline.pairs import Pairs
+from data_pipeline.spans import Spans
 
 CAUSAL = "causal"
-BUILDERS: dict[str, Callable[[Setting], SampleBuilder]] = {CAUSAL: Causal, "masked": Masked, "pairs": Pairs}
+BUILDERS: dict[str, Callable[[Setting], SampleBuilder]] = {
+    CAUSAL: Causal,
+    "masked": Masked,
+    "pairs": Pairs,
+    "spans": Spans,
+}
 
 
 def register_form(name: str, builder: Callable[[Setting], SampleBuilder]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_pipeline.batch import make_batch
 from data_pipeline.builders import SampleBuilder, Setting
-from data_pipeline.config import MaskingConfig
+from data_pipeline.corruption import MaskingConfig
 from data_pipeline.marks import Marks, marks
 from data_pipeline.mixture import random_bits
 

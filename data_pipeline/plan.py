@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data_pipeline.builders import SampleBuilder, Setting
-from data_pipeline.config import DataConfig, FillInTheMiddleConfig, MaskingConfig, Packing, PhaseConfig
+from data_pipeline.config import DataConfig, FillInTheMiddleConfig, Packing, PhaseConfig
+from data_pipeline.corruption import MaskingConfig, SpansConfig
 from data_pipeline.following import Following
 from data_pipeline.forms import BUILDERS, CAUSAL
 from data_pipeline.middle import FillInTheMiddle
@@ -23,6 +24,7 @@ class Plan:
     ramp: Sequence[tuple[int, int]] = ()
     """Sizes of the first global batches: pairs of a size and how many steps have it."""
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    spans: SpansConfig = field(default_factory=SpansConfig)
     schedule: Sequence[PhaseConfig] = ()
     """Other mixtures and lengths from later steps on."""
     packing: Packing = Packing.concatenate
@@ -38,6 +40,7 @@ class Plan:
         return cls(
             form=form,
             masking=config.masking,
+            spans=config.spans,
             schedule=tuple(config.schedule),
             packing=config.packing,
             max_documents_per_sequence=config.max_documents_per_sequence,
@@ -53,6 +56,7 @@ class Plan:
             seed=seed,
             mask_documents=mask_documents,
             masking=self.masking,
+            spans=self.spans,
         )
         return BUILDERS[self.form](setting)
 
@@ -75,7 +79,7 @@ class Plan:
         """What decides the samples of a position, for the loader's fingerprint; only what is not as it always was."""
         found: dict[str, Any] = {"packing": self.packing.value}
         if self.form != CAUSAL:
-            found |= {"form": self.form, "masking": asdict(self.masking)}
+            found |= {"form": self.form, "masking": asdict(self.masking), "spans": asdict(self.spans)}
         if self.packing is Packing.best_fit and self.max_documents_per_sequence is not None:
             found["max_documents_per_sequence"] = self.max_documents_per_sequence
         if self.fill_in_the_middle is not None and self.fill_in_the_middle.rate:

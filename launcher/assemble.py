@@ -22,7 +22,7 @@ from launcher.display import Display, make_display
 from launcher.evaluation.validation import Validation
 from launcher.length import batch_sizes, total_steps
 from launcher.meter import Meter
-from launcher.objective import objective_of, plan_of
+from launcher.objective import objective_of, plan_of, travelling_length
 from launcher.preempt import Preempt
 from launcher.progress import Every, Progress
 from launcher.run_directory import Lock, RunDirectory
@@ -156,7 +156,7 @@ def make_engine(
         optimizer=config.optimizer,
         schedule=Schedule(config.optimizer, total_steps(config)),
         micro_batch_size=config.train.micro_batch_size,
-        sequence_length=config.train.sequence_length,
+        sequence_length=travelling_length(config),
     )
 
 

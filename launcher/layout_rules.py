@@ -6,6 +6,7 @@ What ZeRO cannot do is `parallel.mechanism`'s to say. Imports without torch.
 import math
 from collections.abc import Iterable, Iterator
 
+from data_pipeline.corruption import TARGET_UNIT
 from launcher.config import RunConfig
 from model.config import MoeConfig
 from parallel.common.errors import Problem
@@ -68,8 +69,30 @@ def _widths(config: RunConfig) -> Iterator[Problem]:
             yield Problem(key="parallel.tensor", got=tensor, legal=legal)
 
 
+def _two_stacks(layout: ParallelConfig) -> Iterator[Problem]:
+    """Each stack has one table of relative positions, so it stands on one stage."""
+    if layout.pipeline > 2:
+        legal = "1, or 2: the encoder on one stage and the decoder on the other, each with its table of positions"
+        yield Problem(key="parallel.pipeline", got=layout.pipeline, legal=legal)
+    if layout.virtual_pipeline > 1:
+        legal = "1 with model.decoder_layers: a stack is not cut"
+        yield Problem(key="parallel.virtual_pipeline", got=layout.virtual_pipeline, legal=legal)
+    if layout.pipeline_split is not None:
+        legal = "null with model.decoder_layers: the cut lies between encoder and decoder"
+        yield Problem(key="parallel.pipeline_split", got=list(layout.pipeline_split), legal=legal)
+    if layout.recompute.mode is not Recompute.none:
+        legal = "none with model.decoder_layers: a table that all layers read would be reduced once a layer"
+        yield Problem(key="parallel.recompute.mode", got=layout.recompute.mode.value, legal=legal)
+    if layout.zero_stage == 3:
+        legal = "at most 2 with model.decoder_layers: stage 3 gathers a table that all layers read out of order"
+        yield Problem(key="parallel.zero_stage", got=3, legal=legal)
+
+
 def _depth(config: RunConfig) -> Iterator[Problem]:
     layout, layers = config.parallel, config.model.layers
+    if config.model.decoder_layers is not None:
+        yield from _two_stacks(layout)
+        return
     chunks, split = layout.pipeline * layout.virtual_pipeline, layout.pipeline_split
     if layout.virtual_pipeline > 1 and layout.pipeline == 1:
         yield Problem(key="parallel.virtual_pipeline", got=layout.virtual_pipeline, legal="1 where pipeline is 1")
@@ -113,6 +136,10 @@ def _sequence(config: RunConfig) -> Iterator[Problem]:
         parts += ["parallel.tensor with sequence parallelism"] if cut > 1 else []
         legal = f"a multiple of {unit} ({', and '.join(parts)}), such as {nearest(length, multiples(unit, length))}"
         yield Problem(key="train.sequence_length", got=length, legal=legal)
+    if config.model.decoder_layers is not None and TARGET_UNIT % unit:
+        legal = f"a divisor of {TARGET_UNIT}, of which the decoder's rows are a multiple, with what it is multiplied by"
+        widest = "tensor" if layout.tensor >= layout.context else "context"
+        yield Problem(key=f"parallel.{widest}", got=getattr(layout, widest), legal=legal)
 
 
 def _experts(config: RunConfig, ranks: int) -> Iterator[Problem]:

@@ -14,6 +14,12 @@ def objective_of(config: RunConfig) -> Objective:
     return objectives.objective(families.objective(config.model, config.train.objective), z_loss=config.train.z_loss)
 
 
+def travelling_length(config: RunConfig) -> int:
+    """Tokens of a row that pass from stage to stage of a pipeline: a decoder's beside its encoder's."""
+    length = config.train.sequence_length
+    return length + (config.data.spans.target_length(length) if config.model.decoder_layers is not None else 0)
+
+
 def plan_of(config: RunConfig) -> Plan:
     """What the run asks of its loader, the form of its samples among it."""
     plan = Plan.of(config.data, families.SAMPLES[families.objective(config.model, config.train.objective)])

@@ -66,6 +66,24 @@ def find_pieces(
     return Pieces(documents=documents, queries=queries)
 
 
+def find_crossings(document_ids: Tensor, key_document_ids: Tensor, chunks: Sequence[tuple[int, int]]) -> Pieces | None:
+    """The pieces of [batch, sequence] ids whose keys are all tokens of the same id of the same row in another tensor,
+    [batch, keys], on the CPU; each id must stand there. None where each row of both is one document and one piece."""
+    if len(chunks) == 1 and not document_ids.any() and not key_document_ids.any():
+        return None
+    documents: list[int] = []
+    queries: list[Piece] = []
+    for row, key_row in zip(document_ids, key_document_ids, strict=True):
+        ids, lengths = key_row.unique_consecutive(return_counts=True)
+        places = {number: len(documents) + index for index, number in enumerate(ids.tolist())}
+        documents += lengths.tolist()
+        for first, last in chunks:
+            own, counts = row[first:last].unique_consecutive(return_counts=True)
+            for number, length in zip(own.tolist(), counts.tolist(), strict=True):
+                queries.append(Piece(length, places[number], 0, documents[places[number]], False))
+    return Pieces(documents=documents, queries=queries)
+
+
 def _pieces(document: int, first: int, stop: int, shared: int) -> Iterator[Piece]:
     """The queries `first` to `stop` - 1 of a document whose first `shared` tokens are seen by all of it."""
     if first < shared:

@@ -14,12 +14,13 @@ import xxhash
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, relu, silu
 
 from model.bert import MaskedLanguageModel
 from model.config import Activation, ModelConfig, Norm
 from model.families import Architecture, family
 from model.language_model import LanguageModel
+from model.t5 import EncoderDecoder
 from parallel.config import Recompute
 from parallel.cpu import has_gpu
 from parallel.parameters import local_parameters
@@ -28,12 +29,14 @@ from parallel.topology import Topology
 _CHUNKS: Mapping[Architecture, type[LanguageModel]] = {
     Architecture.causal: LanguageModel,
     Architecture.encoder: MaskedLanguageModel,
+    Architecture.encoder_decoder: EncoderDecoder,
 }
 _ACTIVATIONS = {
     Activation.swiglu: silu,
     Activation.geglu: partial(gelu, approximate="tanh"),
     Activation.gelu: partial(gelu, approximate="tanh"),
     Activation.exact_gelu: gelu,
+    Activation.relu: relu,
 }
 _INTO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 
@@ -43,7 +46,7 @@ def transformer_config(config: ModelConfig, *, dtype: torch.dtype, topology: Top
     layout, moe = topology.config, config.moe
     full = layout.recompute.mode is Recompute.full
     return TransformerConfig(
-        num_layers=config.layers,
+        num_layers=config.depth,
         hidden_size=config.hidden_size,
         num_attention_heads=config.heads,
         num_query_groups=config.kv_heads or config.heads,
@@ -76,7 +79,7 @@ def transformer_config(config: ModelConfig, *, dtype: torch.dtype, topology: Top
         sequence_parallel=topology.sequence_parallel,
         recompute_granularity=None if layout.recompute.mode is Recompute.none else layout.recompute.mode.value,
         recompute_method="block" if full else None,
-        recompute_num_layers=(layout.recompute.blocks or config.layers) if full else None,
+        recompute_num_layers=(layout.recompute.blocks or config.depth) if full else None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -100,7 +103,7 @@ def initial_value(key: str, shape: tuple[int, ...], *, config: ModelConfig, seed
         return torch.zeros(shape) if config.norm is Norm.zero_centered_rms else torch.ones(shape)
     deviation = config.initial_std
     if key.endswith(_INTO_RESIDUAL):
-        deviation /= math.sqrt(2 * config.layers)
+        deviation /= math.sqrt(2 * config.depth)
     generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed}:initial:{key}".encode()) >> 1)
     return torch.empty(shape).normal_(std=deviation, generator=generator)
 

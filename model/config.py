@@ -22,6 +22,7 @@ class FamilyName(StrEnum):
     deepseek_v2 = "deepseek_v2"
     deepseek_v3 = "deepseek_v3"
     bert = "bert"
+    t5 = "t5"
 
 
 class ObjectiveName(StrEnum):
@@ -33,6 +34,8 @@ class ObjectiveName(StrEnum):
     """Tokens that were covered, from all others of their document (BERT; Devlin et al., 2018, arXiv:1810.04805)."""
     masked_lm_next_sentence = "masked_lm_next_sentence"
     """The same over pairs of segments, and of each pair whether one follows the other in a document."""
+    span_corruption = "span_corruption"
+    """Spans that were cut out of a document, from what is left of it (T5; Raffel et al., 2019, arXiv:1910.10683)."""
 
 
 class Norm(StrEnum):
@@ -64,6 +67,8 @@ class Activation(StrEnum):
     """One half times the GELU of the other."""
     gelu = "gelu"
     """GELU in its tanh approximation, no gate (GPT-2)."""
+    relu = "relu"
+    """What is above zero, no gate (the first T5)."""
     exact_gelu = "exact_gelu"
     """GELU by the error function, no gate (GPT-NeoX)."""
 
@@ -79,6 +84,8 @@ class Position(StrEnum):
     rope = "rope"
     learned = "learned"
     """A table of embeddings, added to the tokens' (GPT-2)."""
+    relative = "relative"
+    """A table of what a distance adds to the scores of each head (T5)."""
 
 
 class RopeScaling(StrEnum):
@@ -198,6 +205,8 @@ class ModelConfig:
     family: FamilyName = FamilyName.llama
     layers: int = MISSING
     """Transformer blocks (attention and MLP together count as one)."""
+    decoder_layers: int | None = None
+    """Blocks of the decoder behind an encoder of `layers` (T5); by default there is none."""
     hidden_size: int = MISSING
     """Width of the residual stream."""
     heads: int = MISSING
@@ -239,6 +248,10 @@ class ModelConfig:
     scale_embeddings: bool = False
     """Embeddings are multiplied by the square root of hidden_size (Gemma)."""
     latent: LatentConfig = field(default_factory=LatentConfig)
+    relative_buckets: int = 32
+    """Rows of the table of relative positions."""
+    relative_distance: int = 128
+    """Distance from which on all keys share the last bucket."""
     next_sentence: bool = False
     """A head that says of a pair of segments whether one follows the other in its document (BERT)."""
     dropout: float = 0.0
@@ -268,6 +281,11 @@ class ModelConfig:
         if self.latent.kv_rank is not None:
             return self.latent.rope_head_size
         return int((self.head_size or self.hidden_size // self.heads) * self.rope_share)
+
+    @property
+    def depth(self) -> int:
+        """Blocks of all stacks."""
+        return self.layers + (self.decoder_layers or 0)
 
     def window(self, layer: int) -> int | None:
         """How many tokens back the attention of a layer, counted from 0, reaches; None: to the document's start."""

@@ -9,8 +9,9 @@ checked before torch is there.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
 
-from model.config import FamilyName, ModelConfig, Norm, NormPlacement, ObjectiveName
+from model.config import FamilyName, ModelConfig, Norm, NormPlacement, ObjectiveName, Position
 from parallel.common.errors import Problem
 
 
@@ -21,6 +22,8 @@ class Architecture(StrEnum):
     """One stack in which every token sees those before it."""
     encoder = "encoder"
     """One stack in which every token sees its whole document."""
+    encoder_decoder = "encoder_decoder"
+    """Such a stack, and one that is causal and sees what the first one gives."""
 
 
 def no_problems(_: ModelConfig) -> Iterator[Problem]:
@@ -30,6 +33,7 @@ def no_problems(_: ModelConfig) -> Iterator[Problem]:
 
 def causal_problems(model: ModelConfig) -> Iterator[Problem]:
     """What a causal model cannot have."""
+    yield from _no_decoder(model)
     if model.next_sentence:
         legal = f"false: a {model.family.value} sees no segment as a whole; only an encoder such as bert does"
         yield Problem(key="model.next_sentence", got=True, legal=legal)
@@ -52,6 +56,35 @@ def encoder_problems(model: ModelConfig) -> Iterator[Problem]:
         yield Problem(key="model.parallel_residual", got=True, legal="false: only causal families have it")
     if model.moe.experts:
         yield Problem(key="model.moe.experts", got=model.moe.experts, legal="0: an encoder has an MLP in each block")
+
+
+def encoder_decoder_problems(model: ModelConfig) -> Iterator[Problem]:
+    """What an encoder with a decoder cannot have."""
+    yield from encoder_problems(model)
+    if model.decoder_layers is None or model.decoder_layers < 1:
+        legal = "1 or more, the blocks behind the encoder of model.layers"
+        yield Problem(key="model.decoder_layers", got=model.decoder_layers, legal=legal)
+    if model.position is not Position.relative:
+        legal = "relative: positions are told by distance in both stacks"
+        yield Problem(key="model.position", got=model.position.value, legal=legal)
+    if model.kv_heads not in (None, model.heads):
+        legal = f"null or model.heads = {model.heads}: cross attention has a key for each query head"
+        yield Problem(key="model.kv_heads", got=model.kv_heads, legal=legal)
+    for name in ("next_sentence", "linear_bias", "attention_bias", "qk_norm", "post_norms", "scale_embeddings"):
+        if getattr(model, name):
+            yield Problem(key=f"model.{name}", got=True, legal=f"false: a {model.family.value} has none of it")
+    if model.norm is not Norm.rms or model.norm_placement is not NormPlacement.before:
+        legal = "rms, with model.norm_placement=before"
+        yield Problem(key="model.norm", got=model.norm.value, legal=legal)
+
+
+def _no_decoder(model: ModelConfig) -> Iterator[Problem]:
+    if model.decoder_layers is not None:
+        legal = f"null: a {model.family.value} has one stack"
+        yield Problem(key="model.decoder_layers", got=model.decoder_layers, legal=legal)
+    if model.position is Position.relative:
+        legal = "rope or learned: relative positions belong to a model of two stacks, such as t5"
+        yield Problem(key="model.position", got=model.position.value, legal=legal)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +110,15 @@ def _encoder_heads(model: ModelConfig, vocabulary_size: int) -> int:
     return 2 * hidden + masked + vocabulary_size + (dense + 2 * hidden + 2 if model.next_sentence else 0)
 
 
+def _decoder(model: ModelConfig, vocabulary_size: int) -> int:
+    """The decoder's blocks with their cross attention and norms, its last norm, and two tables of positions."""
+    assert model.decoder_layers is not None
+    hidden, heads = model.hidden_size, model.heads
+    attention = 4 * hidden * heads * (model.head_size or hidden // heads)
+    matrices = 2 * attention + (3 if model.activation.gated else 2) * hidden * model.ffn_hidden_size
+    return model.decoder_layers * (matrices + 3 * hidden) + hidden + 2 * model.relative_buckets * heads
+
+
 def _encoder_objectives(model: ModelConfig) -> tuple[ObjectiveName, ...]:
     return (ObjectiveName.masked_lm_next_sentence if model.next_sentence else ObjectiveName.masked_lm,)
 
@@ -87,17 +129,30 @@ _CAUSAL = Family(
 _ENCODER = Family(
     architecture=Architecture.encoder,
     objectives=_encoder_objectives,
-    problems=encoder_problems,
+    problems=lambda model: chain(_no_decoder(model), encoder_problems(model)),
     continues_text=False,
     beside=_encoder_heads,
 )
 
-FAMILIES: Mapping[FamilyName, Family] = {**dict.fromkeys(FamilyName, _CAUSAL), FamilyName.bert: _ENCODER}
+_ENCODER_DECODER = Family(
+    architecture=Architecture.encoder_decoder,
+    objectives=lambda _: (ObjectiveName.span_corruption,),
+    problems=encoder_decoder_problems,
+    continues_text=False,
+    beside=_decoder,
+)
+
+FAMILIES: Mapping[FamilyName, Family] = {
+    **dict.fromkeys(FamilyName, _CAUSAL),
+    FamilyName.bert: _ENCODER,
+    FamilyName.t5: _ENCODER_DECODER,
+}
 
 SAMPLES: dict[str, str] = {
     ObjectiveName.causal_lm: "causal",
     ObjectiveName.masked_lm: "masked",
     ObjectiveName.masked_lm_next_sentence: "pairs",
+    ObjectiveName.span_corruption: "spans",
 }
 """The form of an objective's samples: the name of a builder of data_pipeline/builders.py."""
 

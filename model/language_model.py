@@ -7,6 +7,7 @@ few lines that pretraining needs, with positions and document borders per token.
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from model.layer_context import LayerContext
 from model.moe import summary, take_sums
 from model.rope import local_rotary_table, rotary_table
 from model.specs import layer_pattern, transformer_stack
+from parallel.config import ParallelConfig
 from parallel.topology import Topology
 
 
@@ -39,14 +41,12 @@ class LanguageModel(HybridModel):
         seed: int,
     ) -> None:
         layout = topology.config
-        chunks = layout.pipeline * layout.virtual_pipeline
-        split = layout.pipeline_split or [config.layers // chunks] * chunks
         super().__init__(
             layer_config,
-            hybrid_stack_spec=transformer_stack(config, self.mask),
+            hybrid_stack_spec=self.stack(config),
             vocab_size=vocabulary_size,
             max_sequence_length=config.positions or sequence_length,
-            hybrid_layer_pattern=layer_pattern(config, split),
+            hybrid_layer_pattern=self.pattern(config, layout),
             pre_process=topology.is_first_pipeline_stage and chunk == 0,
             post_process=topology.is_last_pipeline_stage and chunk == layout.virtual_pipeline - 1,
             share_embeddings_and_output_weights=config.tie_embeddings,
@@ -66,6 +66,17 @@ class LanguageModel(HybridModel):
             self.rotary = rotary_table(config, sequence_length=sequence_length, dtype=dtype)
             self.local_rotary = local_rotary_table(config, sequence_length=sequence_length, dtype=dtype)
 
+    @classmethod
+    def stack(cls, config: ModelConfig) -> ModuleSpec:
+        """The layers."""
+        return transformer_stack(config, cls.mask)
+
+    @classmethod
+    def pattern(cls, config: ModelConfig, layout: ParallelConfig) -> str:
+        """Which of them stand where, chunk by chunk of the pipeline."""
+        chunks = layout.pipeline * layout.virtual_pipeline
+        return layer_pattern(config, layout.pipeline_split or [config.layers // chunks] * chunks)
+
     def forward(self, batch: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """A batch (INTERFACES, cut by `ContextParallel.cut`), on the CPU or the device: `tokens` and `positions`
         [batch, sequence / context], `document_ids` [batch, sequence]; in training with dropout `sample_ids`, with
@@ -75,7 +86,7 @@ class LanguageModel(HybridModel):
             What `predict` gives on the last chunk; else hidden states
             [sequence / context (/ tensor under sequence parallelism), batch, hidden].
         """
-        context = self._context(batch)
+        context = self.context(batch)
         hidden = self.embed(batch, context) if self.pre_process else None
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=context)
         return self.predict(hidden) if self.post_process else hidden
@@ -102,7 +113,8 @@ class LanguageModel(HybridModel):
         cap = self.description.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _context(self, batch: dict[str, Tensor]) -> LayerContext:
+    def context(self, batch: dict[str, Tensor]) -> LayerContext:
+        """What the layers are to know of a batch's tokens."""
         device, held = self.topology.device, self.topology.context
         keys = weights = None
         positions = batch["positions"].to(device, non_blocking=True)

@@ -172,7 +172,13 @@ def _attention(config: ModelConfig, mask: AttnMaskType) -> ModuleSpec:
     )
 
 
-def _block(config: ModelConfig, mlp: Any, mask: AttnMaskType) -> ModuleSpec:
+def mlp() -> partial[MLP]:
+    """A block's MLP."""
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return partial(MLP.as_mlp_submodule, submodules=linears)
+
+
+def block(config: ModelConfig, inner: Any, mask: AttnMaskType) -> ModuleSpec:
     """Attention, and an MLP or a mixture of them."""
     after = config.norm_placement is NormPlacement.after
     before = IdentityOp if after else norm
@@ -183,7 +189,7 @@ def _block(config: ModelConfig, mlp: Any, mask: AttnMaskType) -> ModuleSpec:
             input_layernorm=before,
             self_attention=_attention(config, mask),
             pre_mlp_layernorm=before,
-            mlp=mlp,
+            mlp=inner,
         ),
     )
 
@@ -195,8 +201,8 @@ def transformer_stack(config: ModelConfig, mask: AttnMaskType = AttnMaskType.cau
         module=TransformerStack,
         params={"normed": config.norm_placement is NormPlacement.before},
         submodules=HybridStackSubmodules(
-            attention_layer=_block(config, partial(MLP.as_mlp_submodule, submodules=linears), mask),
-            moe_layer=_block(config, mixture(linears, config.moe), mask),
+            attention_layer=block(config, mlp(), mask),
+            moe_layer=block(config, mixture(linears, config.moe), mask),
         ),
     )
 

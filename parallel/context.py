@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-CUT = ("tokens", "labels", "loss_weights", "positions", "segment_ids")
+CUT = ("tokens", "labels", "loss_weights", "positions", "segment_ids", "encoder_tokens")
 """The fields of a batch, [batch, sequence], of which a rank needs its own tokens only; the others stay whole."""
 OF_ROWS = ("next_sentence_weights",)
 """Weights of what is said of a row as a whole, by its first token, [batch]: zero on the ranks that do not hold it."""

@@ -77,11 +77,27 @@ def _encoder_logits(theirs: Path, batch: dict[str, Tensor]) -> list[Tensor]:
     return [found.prediction_logits, found.seq_relationship_logits] if pairs else [found.logits]
 
 
+def _random_streams(rows: int, length: int) -> dict[str, Tensor]:
+    batch = _random_batch(rows, length)
+    encoder = torch.randint(0, rows, (_ROWS, length + 7), generator=torch.Generator().manual_seed(1))
+    return batch | {"encoder_tokens": encoder, "encoder_document_ids": torch.zeros(encoder.shape, dtype=torch.int32)}
+
+
+def _encoder_decoder_logits(theirs: Path, batch: dict[str, Tensor]) -> list[Tensor]:
+    reference = transformers.AutoModelForSeq2SeqLM.from_pretrained(theirs, dtype=torch.float32).eval()
+    return [reference(batch["encoder_tokens"], decoder_input_ids=batch["tokens"]).logits]
+
+
 _COMPARISONS: Mapping[families.Architecture, _Comparison] = {
     families.Architecture.causal: _Comparison(
         batch=_random_batch,
         ours=lambda outputs, rows: [outputs.transpose(0, 1)[..., :rows].cpu()],
         theirs=_causal_logits,
+    ),
+    families.Architecture.encoder_decoder: _Comparison(
+        batch=_random_streams,
+        ours=lambda outputs, rows: [outputs.transpose(0, 1)[..., :rows].cpu()],
+        theirs=_encoder_decoder_logits,
     ),
     families.Architecture.encoder: _Comparison(batch=_random_pairs, ours=_encoder_outputs, theirs=_encoder_logits),
 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from launcher.config import RunConfig
+from launcher.objective import travelling_length
 from model import families
 from parallel.topology import Topology
 
@@ -38,17 +39,15 @@ def synthetic_batch(config: RunConfig, step: int, traits: Traits) -> dict[str, T
 
     Token ids lie below model.vocabulary_size, which is given.
     """
-    samples, sequence = config.train.global_batch_size, config.train.sequence_length
-    vocabulary = config.model.vocabulary_size
+    samples, vocabulary = config.train.global_batch_size, config.model.vocabulary_size
+    sequence = travelling_length(config) - config.train.sequence_length or config.train.sequence_length
     assert vocabulary is not None
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, vocabulary, (samples, sequence + 1), generator=generator)
-    document_ids = torch.zeros(samples, sequence, dtype=torch.int32)
+    document_ids = _documents(samples, sequence, traits)
     positions = torch.arange(sequence).repeat(samples, 1)
     if traits.packed:
         first, second = (int(sequence * share) for share in _BORDERS)
-        document_ids[1::2, first:] = 1
-        document_ids[1::4, second:] = 2
         positions[1::2, first:] -= first
         positions[1::4, second:] -= second - first
     weights = torch.ones(samples, sequence)
@@ -59,7 +58,7 @@ def synthetic_batch(config: RunConfig, step: int, traits: Traits) -> dict[str, T
         length = sequence // traits.silent_slices
         weights[:, length - 1 :: length] = 0
     form = families.SAMPLES[families.objective(config.model, config.train.objective)]
-    return _MORE.get(form, _nothing)(config, generator) | {
+    return _MORE.get(form, _nothing)(config, traits, generator) | {
         "tokens": tokens[:, :-1].contiguous(),
         "labels": tokens[:, 1:].contiguous(),
         "loss_weights": weights,
@@ -69,11 +68,31 @@ def synthetic_batch(config: RunConfig, step: int, traits: Traits) -> dict[str, T
     }
 
 
-def _nothing(config: RunConfig, generator: torch.Generator) -> dict[str, Tensor]:
+def _documents(samples: int, sequence: int, traits: Traits) -> Tensor:
+    """Document ids [samples, sequence]: one, two or three documents in a row."""
+    ids = torch.zeros(samples, sequence, dtype=torch.int32)
+    if traits.packed:
+        first, second = (int(sequence * share) for share in _BORDERS)
+        ids[1::2, first:] = 1
+        ids[1::4, second:] = 2
+    return ids
+
+
+def _nothing(config: RunConfig, traits: Traits, generator: torch.Generator) -> dict[str, Tensor]:
     return {}
 
 
-def _pairs(config: RunConfig, generator: torch.Generator) -> dict[str, Tensor]:
+def _encoder(config: RunConfig, traits: Traits, generator: torch.Generator) -> dict[str, Tensor]:
+    """What an encoder reads, in as many documents as its decoder's rows have."""
+    assert config.model.vocabulary_size is not None
+    shape = (config.train.global_batch_size, config.train.sequence_length)
+    return {
+        "encoder_tokens": torch.randint(0, config.model.vocabulary_size, shape, generator=generator),
+        "encoder_document_ids": _documents(*shape, traits),
+    }
+
+
+def _pairs(config: RunConfig, traits: Traits, generator: torch.Generator) -> dict[str, Tensor]:
     """Segments that change anywhere, and answers, one of which does not count."""
     samples, sequence = config.train.global_batch_size, config.train.sequence_length
     weights = torch.ones(samples)
@@ -85,10 +104,11 @@ def _pairs(config: RunConfig, generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
-_MORE: Mapping[str, Callable[[RunConfig, torch.Generator], dict[str, Tensor]]] = {
+_MORE: Mapping[str, Callable[[RunConfig, Traits, torch.Generator], dict[str, Tensor]]] = {
     "causal": _nothing,
     "masked": _nothing,
     "pairs": _pairs,
+    "spans": _encoder,
 }
 """What a form of sample has beside the fields that all have."""
 

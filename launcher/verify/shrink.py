@@ -248,16 +248,24 @@ def _sized(model: ModelConfig, layout: ParallelConfig, layers: int) -> ModelConf
     return replace(
         model,
         layers=layers,
+        decoder_layers=None if model.decoder_layers is None else 3,
         hidden_size=hidden,
         heads=heads,
         kv_heads=kv_heads,
         head_size=head_size if own_size else None,
         ffn_hidden_size=max(48, 24 * tensor),
         vocabulary_size=2 * math.lcm(_VOCABULARY_UNIT, tensor),
-        initial_std=_INITIAL_STD,
+        initial_std=_INITIAL_STD * _calming(model, head_size),
         latent=_latent(model.latent),
         moe=_moe(model.moe, layout, layers),
     )
+
+
+def _calming(model: ModelConfig, head_size: int) -> float:
+    """By what weights are smaller where attention scores are divided by less than usual (T5: by nothing): so the scores
+    are no larger, and a softmax that has long decided does not turn roundings into errors."""
+    divisor = model.query_pre_attention_scalar
+    return 1.0 if divisor is None else min(1.0, (divisor / head_size) ** 0.25)
 
 
 def _reach(config: RunConfig, sequence: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from model.config import FamilyName, ModelConfig
-from model.hf import bert, deepseek, gemma, gpt2, gpt_neox, llama
+from model.hf import bert, deepseek, gemma, gpt2, gpt_neox, llama, t5
 from model.hf.pairs import Pair
 from model.hf.settings import Settings, read, write
 from parallel.common.errors import UserError
@@ -49,6 +49,7 @@ FAMILIES: Mapping[FamilyName, Family] = {
         copies=bert.COPIES,
         old_names=bert.OLD_NAMES,
     ),
+    FamilyName.t5: Family(settings=t5.T5, pairs=t5.pairs, copies=t5.COPIES),
 }
 
 _HYBRIDS: Mapping[str, str] = {

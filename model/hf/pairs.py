@@ -95,6 +95,21 @@ def queries_keys_values(ours: str, theirs: tuple[str, str, str], config: ModelCo
     )
 
 
+def keys_values(ours: str, theirs: tuple[str, str], config: ModelConfig) -> Pair:
+    """The fused projection of cross attention, head after head its key and its value, against two of them."""
+    rows = config.head_size or config.hidden_size // config.heads
+
+    def split(tensor: Tensor) -> list[Tensor]:
+        heads = tensor.view(config.heads, 2, rows, -1)
+        return [part.reshape(config.heads * rows, -1) for part in heads.unbind(dim=1)]
+
+    def join(tensors: Sequence[Tensor]) -> Tensor:
+        heads = [tensor.view(config.heads, rows, -1) for tensor in tensors]
+        return torch.stack(heads, dim=1).reshape(2 * config.heads * rows, -1)
+
+    return Pair(ours=ours, theirs=theirs, split=split, join=join)
+
+
 def fused_queries_keys_values(ours: str, theirs: str, config: ModelConfig) -> Pair:
     """The fused projection against one [in, queries | keys | values] matrix, or its bias (GPT-2)."""
     groups, queries, rows = _head_rows(config)

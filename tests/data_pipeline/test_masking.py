@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline import tokenizer
-from data_pipeline.config import MaskingConfig
+from data_pipeline.corruption import MaskingConfig
 from data_pipeline.loader import Loader, single_pass
 from data_pipeline.marks import Marks, marks
 from data_pipeline.masking import Masking

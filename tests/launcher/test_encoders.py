@@ -18,7 +18,11 @@ BERT: dict[str, Any] = {
     "family": "bert", "activation": "exact_gelu", "norm": "layer", "norm_placement": "after", "position": "learned",
     "linear_bias": True, "tie_embeddings": True, "next_sentence": True, "kv_heads": None,
 }  # fmt: skip
-MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"bert": (BERT, {})}
+T5: dict[str, Any] = {
+    "family": "t5", "decoder_layers": 2, "activation": "geglu", "position": "relative", "kv_heads": None,
+    "query_pre_attention_scalar": 1,
+}  # fmt: skip
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"bert": (BERT, {}), "t5": (T5, {})}
 STEPS = 30
 
 

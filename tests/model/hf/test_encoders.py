@@ -27,8 +27,14 @@ _BERT = {
     "vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6,
     "intermediate_size": 40, "max_position_embeddings": 40, "initializer_range": 0.2,
 }  # fmt: skip
+_T5 = {
+    "vocab_size": VOCABULARY, "d_model": 48, "d_kv": 10, "d_ff": 40, "num_layers": 2, "num_decoder_layers": 3,
+    "num_heads": 6, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20,
+    "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0,
+}  # fmt: skip
 _GENERATOR = torch.Generator().manual_seed(0)
 TOKENS = torch.randint(0, VOCABULARY, (ROWS, SEQUENCE), generator=_GENERATOR)
+READ = torch.randint(0, VOCABULARY, (ROWS, 36), generator=_GENERATOR)
 SEGMENTS = (torch.arange(SEQUENCE) > 9).long().repeat(ROWS, 1)
 BATCH = {
     "tokens": TOKENS,
@@ -37,6 +43,8 @@ BATCH = {
     "positions": torch.arange(SEQUENCE).repeat(ROWS, 1),
     "document_ids": torch.zeros(ROWS, SEQUENCE, dtype=torch.int32),
     "segment_ids": SEGMENTS,
+    "encoder_tokens": READ,
+    "encoder_document_ids": torch.zeros(READ.shape, dtype=torch.int32),
 }
 
 
@@ -47,9 +55,20 @@ def bert(model: Any) -> list[Tensor]:
     return [found.logits]
 
 
+def t5(model: Any) -> list[Tensor]:
+    return [model(READ, decoder_input_ids=TOKENS).logits]
+
+
 MODELS: dict[str, tuple[str, str, dict[str, Any], Callable[[Any], list[Tensor]]]] = {
     "bert": ("Bert", "BertForPreTraining", _BERT, bert),
     "bert-masked-only": ("Bert", "BertForMaskedLM", _BERT, bert),
+    "t5-1.1": ("T5", "T5ForConditionalGeneration", _T5, t5),
+    "t5-first": (
+        "T5",
+        "T5ForConditionalGeneration",
+        {**_T5, "feed_forward_proj": "relu", "tie_word_embeddings": True, "num_decoder_layers": 2},
+        t5,
+    ),
 }
 
 
@@ -58,6 +77,8 @@ def theirs(name: str, directory: Path) -> tuple[dict[str, Any], dict[str, Tensor
     kind, head, values, ask = MODELS[name]
     torch.manual_seed(1)
     model = getattr(transformers, head)(getattr(transformers, f"{kind}Config")(**values)).eval()
+    if values.get("tie_word_embeddings") is False:  # transformers 5 builds it tied all the same
+        model.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn_like(model.lm_head.weight))
     for parameter in model.parameters():  # what starts as ones or zeros would hide a mistake
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(directory)
@@ -94,6 +115,7 @@ def answers_of(
 
     look.reports = ()  # type: ignore[attr-defined]
     engine._objective = look  # type: ignore[assignment]
+    engine._forward_backward.keywords["seq_length"] = SEQUENCE + (READ.shape[1] if model.decoder_layers else 0)
     engine.evaluate(BATCH)
     return [torch.cat(parts) for parts in zip(*seen, strict=True)] if seen else None
 
