@@ -180,10 +180,10 @@ class Life:
                 os.kill(attempt.processes[rank], signal.SIGKILL)
         codes = self._codes(attempt)
         died = -signal.SIGKILL in codes
+        self._look()
         if died and 0 in codes and self._newest < STEPS:
             self._wrong(f"a rank ended with success: {codes}\n{attempt.said()}")
         attempt.output.unlink()
-        self._look()
         if died:
             self._found.rounds += 1
             self._found.kills[kill.name] += 1
@@ -287,7 +287,7 @@ def main() -> int:
         print(f"{count:6}  killed at {text}")
     scratch = found.resumed_from.pop(0, 0)
     print(f"{sum(found.resumed_from.values()):6}  starts went on from the newest whole checkpoint")
-    print(f"{scratch:6}  starts at step 0, where none had been committed")
+    print(f"{scratch:6}  starts at step 0, where none had been committed ({found.runs} of them the first of a run)")
     print(
         f"{found.rounds} kills of {found.runs} runs in {time.monotonic() - started:.0f} s, seed {options.seed}: "
         + (f"{len(found.wrong)} WRONG" if found.wrong else "every run ended with the bits of an undisturbed one")
@@ -295,7 +295,8 @@ def main() -> int:
     for text in found.wrong:
         print(text, file=sys.stderr)
     if options.json:
-        write_json(options.json, asdict(found))
+        counts = {"kills": dict(found.kills), "resumed_from": {str(step): n for step, n in found.resumed_from.items()}}
+        write_json(options.json, {"rounds": found.rounds, "runs": found.runs, "wrong": found.wrong, **counts})
     return int(bool(found.wrong))
 
 

@@ -16,6 +16,8 @@ from parallel.checkpoint.manifest import Manifest
 from parallel.common.errors import UserError
 from parallel.config import LoadParts
 
+_PARTS = {LoadParts.weights: ("model",), LoadParts.weights_and_moments: ("model", "optimizer", "schedule")}
+
 
 def begin(parts: Parts, config: RunConfig) -> Path | None:
     """Gives the parts their states; returns the step directory they are from. Every rank calls this.
@@ -32,12 +34,13 @@ def begin(parts: Parts, config: RunConfig) -> Path | None:
     if config.checkpoint.load is None:
         return None
     origin = _found(config.checkpoint.load)
-    everything = config.checkpoint.load_parts is LoadParts.everything
-    wanted = parts.participants if everything else {"model": parts.participants["model"]}
-    if everything:
+    names = _PARTS.get(config.checkpoint.load_parts, tuple(parts.participants))
+    if "optimizer" in names:
         with agreed(f"load the checkpoint {origin}"):
             _check_optimizer(origin, config.optimizer.name)
-    parts.checkpoints.load(origin, wanted)
+    parts.checkpoints.load(origin, {name: parts.participants[name] for name in names})
+    if config.checkpoint.load_parts is LoadParts.weights_and_moments:
+        parts.engine.restart_schedule()
     if parts.progress.done:
         raise UserError(
             f"{origin} is after step {parts.progress.step}, and the run has {total}: give it more steps "

@@ -177,6 +177,8 @@ class LoadParts(StrEnum):
 
     everything = "everything"
     """Weights, moments, schedule, progress and the place in the data: the run goes on after that step."""
+    weights_and_moments = "weights_and_moments"
+    """Weights and AdamW's moments with the count of their steps: the run begins at step 0 of its schedule and data."""
     weights = "weights"
     """Weights alone: the run begins at step 0."""
 

@@ -229,6 +229,11 @@ class Engine:
             for kind in self.updater.kinds(local):
                 yield from self.updater.pieces(local, kind)
 
+    def restart_schedule(self) -> None:
+        """Learning rates begin anew, while the moments go on to stand for the steps that they were made of."""
+        self.updater.loss_scale.steps_not_taken -= self.schedule.steps_taken
+        self.schedule.steps_taken = 0
+
     def _weight(self, batch: Batch) -> Tensor:
         """[] float64, the sum of the weights of the global batch, of which this slice is a part."""
         weight = batch["loss_weights"].sum(dtype=torch.float64).to(self.topology.device)

@@ -1,7 +1,7 @@
 """The proof of a conversion: our model and that of `transformers` compute the same logits from the same weights."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ except ImportError:  # an extra: without it a conversion cannot be compared, and
 TOLERANCE = 1e-4
 """Largest difference of a logit, times the largest logit: float32 sums in another order."""
 _ROWS, _LENGTH = 2, 32
+_KERNEL = "eager"
+"""Other kernels of theirs leave out what they cannot do (a soft-cap) without a word."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,10 @@ class _Comparison:
     """Random rows of a vocabulary's and a sequence's size, as our model reads them."""
     ours: Callable[[Any, int], list[Tensor]]
     """From what our model gives, and the rows of the vocabulary: what `theirs` gives."""
-    theirs: Callable[[Path, dict[str, Tensor]], list[Tensor]]
+    kind: Callable[[Sequence[str]], Any]
+    """From the names of architectures in a config.json, the class of `transformers` that makes the model."""
+    theirs: Callable[[Any, dict[str, Tensor]], list[Tensor]]
+    """What that model gives."""
 
 
 def _random_batch(rows: int, length: int) -> dict[str, Tensor]:
@@ -48,14 +53,6 @@ def _random_batch(rows: int, length: int) -> dict[str, Tensor]:
         "positions": torch.arange(length).repeat(_ROWS, 1),
         "document_ids": torch.zeros(tokens.shape, dtype=torch.int32),
     }
-
-
-def _causal_logits(theirs: Path, batch: dict[str, Tensor]) -> list[Tensor]:
-    # `eager`, because other kernels of theirs leave out what they cannot do (a soft-cap) without a word.
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        theirs, dtype=torch.float32, attn_implementation="eager"
-    )
-    return [reference.eval()(batch["tokens"]).logits]
 
 
 def _random_pairs(rows: int, length: int) -> dict[str, Tensor]:
@@ -68,12 +65,14 @@ def _encoder_outputs(outputs: tuple[Tensor, ...], rows: int) -> list[Tensor]:
     return [outputs[0].transpose(0, 1)[..., :rows].cpu(), *(answers.flip(-1).cpu() for answers in outputs[1:])]
 
 
-def _encoder_logits(theirs: Path, batch: dict[str, Tensor]) -> list[Tensor]:
-    named = transformers.AutoConfig.from_pretrained(theirs).architectures or ()
-    pairs = not any(name.endswith("ForMaskedLM") for name in named)
-    kind = transformers.AutoModelForPreTraining if pairs else transformers.AutoModelForMaskedLM
-    reference = kind.from_pretrained(theirs, dtype=torch.float32).eval()
+def _encoder_kind(architectures: Sequence[str]) -> Any:
+    masked = any(name.endswith("ForMaskedLM") for name in architectures)
+    return transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForPreTraining
+
+
+def _encoder_logits(reference: Any, batch: dict[str, Tensor]) -> list[Tensor]:
     found = reference(batch["tokens"], token_type_ids=batch["segment_ids"])
+    pairs = hasattr(found, "prediction_logits")
     return [found.prediction_logits, found.seq_relationship_logits] if pairs else [found.logits]
 
 
@@ -83,8 +82,7 @@ def _random_streams(rows: int, length: int) -> dict[str, Tensor]:
     return batch | {"encoder_tokens": encoder, "encoder_document_ids": torch.zeros(encoder.shape, dtype=torch.int32)}
 
 
-def _encoder_decoder_logits(theirs: Path, batch: dict[str, Tensor]) -> list[Tensor]:
-    reference = transformers.AutoModelForSeq2SeqLM.from_pretrained(theirs, dtype=torch.float32).eval()
+def _encoder_decoder_logits(reference: Any, batch: dict[str, Tensor]) -> list[Tensor]:
     return [reference(batch["encoder_tokens"], decoder_input_ids=batch["tokens"]).logits]
 
 
@@ -92,14 +90,18 @@ _COMPARISONS: Mapping[families.Architecture, _Comparison] = {
     families.Architecture.causal: _Comparison(
         batch=_random_batch,
         ours=lambda outputs, rows: [outputs.transpose(0, 1)[..., :rows].cpu()],
-        theirs=_causal_logits,
+        kind=lambda architectures: transformers.AutoModelForCausalLM,
+        theirs=lambda reference, batch: [reference(batch["tokens"]).logits],
+    ),
+    families.Architecture.encoder: _Comparison(
+        batch=_random_pairs, ours=_encoder_outputs, kind=_encoder_kind, theirs=_encoder_logits
     ),
     families.Architecture.encoder_decoder: _Comparison(
         batch=_random_streams,
         ours=lambda outputs, rows: [outputs.transpose(0, 1)[..., :rows].cpu()],
+        kind=lambda architectures: transformers.AutoModelForSeq2SeqLM,
         theirs=_encoder_decoder_logits,
     ),
-    families.Architecture.encoder: _Comparison(batch=_random_pairs, ours=_encoder_outputs, theirs=_encoder_logits),
 }
 
 
@@ -113,14 +115,39 @@ def missing_transformers() -> None:
         raise UserError("comparing logits needs transformers: pip install 'bloomery[hf]', or call with --no-check.")
 
 
+def pretrained(directory: Path, model: ModelConfig) -> Any:
+    """The model of `transformers` in a directory that it reads, float32."""
+    kind = _kind(transformers.AutoConfig.from_pretrained(directory), model)
+    return kind.from_pretrained(directory, dtype=torch.float32, attn_implementation=_KERNEL)
+
+
+def described(config: Path, model: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
+    """The model of `transformers` that a config.json describes, float32, with these weights.
+
+    Raises:
+        UserError: it has a weight that is not among them.
+    """
+    found = transformers.AutoConfig.from_pretrained(config)
+    made = _kind(found, model).from_config(found, dtype=torch.float32, attn_implementation=_KERNEL)
+    missing, _ = made.load_state_dict(dict(weights), strict=False)
+    tied = {"lm_head.weight"} if made.config.tie_word_embeddings else set()
+    if left := sorted(set(missing) - tied):
+        raise UserError(f"the {type(made).__name__} of {config} has a weight {left[0]} that the checkpoint lacks.")
+    return made
+
+
+def _kind(found: Any, model: ModelConfig) -> Any:
+    return _COMPARISONS[families.family(model).architecture].kind(found.architectures or ())
+
+
 @torch.no_grad()
-def compare_logits(model: ModelConfig, weights: Mapping[str, Tensor], theirs: Path, *, sequence_length: int) -> None:
+def compare_logits(model: ModelConfig, weights: Mapping[str, Tensor], reference: Any, *, sequence_length: int) -> None:
     """Compares both models on random tokens, in float32 on this rank.
 
     Args:
         model: with its vocabulary size.
         weights: ours, float32 by global name.
-        theirs: a directory that `transformers` reads.
+        reference: the model of `transformers`, float32.
         sequence_length: of training.
 
     Raises:
@@ -131,7 +158,7 @@ def compare_logits(model: ModelConfig, weights: Mapping[str, Tensor], theirs: Pa
     comparison = _COMPARISONS[families.family(model).architecture]
     batch = comparison.batch(rows, min(_LENGTH, sequence_length, model.positions or sequence_length))
     ours = comparison.ours(_our_outputs(model, weights, batch, sequence_length=sequence_length), rows)
-    expected = comparison.theirs(theirs, batch)
+    expected = comparison.theirs(reference.eval(), batch)
     difference = max(
         float((one - other).abs().max() / other.abs().max()) for one, other in zip(ours, expected, strict=True)
     )

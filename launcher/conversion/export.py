@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
 from launcher.config import RunConfig
-from launcher.conversion.check import compare_logits, missing_transformers
+from launcher.conversion.check import compare_logits, missing_transformers, pretrained
 from launcher.outcome import Outcome
 from launcher.runtime import in_ranks
 from launcher.verbs.conversion import ExportJob
@@ -93,7 +93,7 @@ def _exported(job: ExportJob, ranks: Ranks) -> Outcome:
         _write_descriptions(beside, job, config, model)
         if job.check:
             weights = {pair.ours: _rounded(tensors.read(pair.ours), dtype) for pair in pairs}
-            compare_logits(model, weights, beside, sequence_length=config.train.sequence_length)
+            compare_logits(model, weights, pretrained(beside, model), sequence_length=config.train.sequence_length)
         beside.rename(job.output)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -1,87 +1,43 @@
-"""A Hugging Face model as step 0 of a run: weights only, in the format that every layout loads.
+"""Another program's model as step 0 of a run, in the format that every layout loads.
 
-Tensors are read from safetensors, joined and written one at a time, so that a model larger than memory converts.
-Pickled weights are refused: reading them would run code. The run appears by one rename.
+Tensors are read, joined and written one at a time, so that a model larger than memory converts; moments move as their
+weights do. No file's content is run. The run appears by one rename, after the logits were compared.
 """
 
-import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data_pipeline.tokenizer import Tokenizer
 from launcher import config as configuration
 from launcher.config import RunConfig
 from launcher.conversion.check import compare_logits, missing_transformers
-from launcher.conversion.export import WEIGHT
-from launcher.conversion.step import write_weights
+from launcher.conversion.hugging_face import open_deepspeed, open_hugging_face
+from launcher.conversion.megatron import open_megatron
+from launcher.conversion.sources import Foreign
+from launcher.conversion.step import write_step
 from launcher.outcome import Outcome
 from launcher.run_directory import RunDirectory
 from launcher.runtime import in_ranks
-from launcher.verbs.conversion import ImportJob
+from launcher.verbs.conversion import ImportFormat, ImportJob
 from launcher.work import Ranks
 from model.config import ModelConfig
-from model.hf.families import FAMILIES, family_of, model_values
 from model.hf.pairs import Pair
 from model.size import parameter_count
 from parallel.common.errors import UserError
 from parallel.common.units import format_count
+from parallel.config import LoadParts
+from parallel.loss_scale import LossScale
+from parallel.updater import Kind
 
-_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-"""Ends of names of tensors that are no weights: masks and tables that older files hold."""
 _CHECKED_LENGTH = 32
 
 logger = logging.getLogger(__name__)
-
-
-class _Files:
-    """The tensors of a directory of safetensors, by name."""
-
-    def __init__(self, directory: Path, old_names: Mapping[str, str]) -> None:
-        """`old_names`: ends of names that are read as others."""
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            pickled = sorted(path.name for path in directory.glob("*.bin"))
-            hint = f": {pickled[0]} would run code when it is read; convert it to safetensors first" if pickled else ""
-            raise UserError(f"{directory} has no *.safetensors{hint}.")
-        self._files = {_today(name, old_names): (file, name) for file in files for name in self._names(file)}
-
-    @staticmethod
-    def _names(file: Path) -> list[str]:
-        try:
-            with safe_open(file, framework="pt") as content:
-                return list(content.keys())
-        except SafetensorError as error:
-            raise UserError(f"{file} is damaged: it cannot be read as safetensors ({error}).") from None
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._files)
-
-    def shape(self, name: str) -> list[int]:
-        file, stored = self._files[name]
-        with safe_open(file, framework="pt") as content:
-            return content.get_slice(stored).get_shape()
-
-    def read(self, name: str) -> Tensor:
-        file, stored = self._files[name]
-        with safe_open(file, framework="pt") as content:
-            return content.get_tensor(stored).float()
-
-
-def _today(name: str, old_names: Mapping[str, str]) -> str:
-    for old, new in old_names.items():
-        if name.endswith(old):
-            return name.removesuffix(old) + new
-    return name
 
 
 def work(job: ImportJob) -> int:
@@ -90,85 +46,40 @@ def work(job: ImportJob) -> int:
 
 
 def _imported(job: ImportJob, ranks: Ranks) -> Outcome:
-    if job.check:
+    foreign = _opened(job)
+    model, source = foreign.model, foreign.source
+    if job.check and foreign.reference is not None:
         missing_transformers()
-    found = _read_json(job.source / "config.json")
-    tokenizer = Tokenizer.load(job.source) if (job.source / "tokenizer.json").is_file() else None
-    files = _Files(job.source, family_of(found).old_names)
-    model = _model(found, files, tokenizer)
-    pairs = _checked_pairs(job.source, model, files)
+    kinds = (Kind.weight,) if job.parts is LoadParts.weights else source.kinds
     config = _run_config(job, model)
     beside = job.output.with_name(f".{job.output.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
     try:
         run = RunDirectory(beside)
-        _write_step(run.checkpoints, config, pairs, files, ranks.attempt)
+        _write_step(run.checkpoints, config, foreign, kinds, job.format, ranks.attempt)
         configuration.save(config, run.config)
-        if tokenizer is not None:
-            tokenizer.save(beside / "tokenizer.json")
-        if job.check:
-            weights = {pair.ours: _joined(pair, files) for pair in pairs}
-            compare_logits(model, weights, job.source, sequence_length=config.train.sequence_length)
+        if foreign.tokenizer is not None:
+            foreign.tokenizer.save(beside / "tokenizer.json")
+        if job.check and foreign.reference is not None:
+            weights = {pair.ours: _joined(pair, foreign, Kind.weight) for pair in foreign.pairs}
+            compare_logits(model, weights, foreign.reference(), sequence_length=config.train.sequence_length)
         beside.rename(job.output)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     assert model.vocabulary_size is not None
     count = format_count(parameter_count(model, model.vocabulary_size, config.train.sequence_length))
-    logger.info("%s: a %s of %s parameters, step 0 of a run", job.output, model.family.value, count)
+    held = "weights" if len(kinds) == 1 else f"weights, and moments after {source.steps} steps"
+    logger.info("%s: a %s of %s parameters, step 0 of a run: %s", job.output, model.family.value, count, held)
     return Outcome(attempt=ranks.attempt, exit_code=0, message=f"imported to {job.output}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is not a model's description: expected an object.")
-    return found
-
-
-def _model(found: Mapping[str, Any], files: _Files, tokenizer: Tokenizer | None) -> ModelConfig:
-    """The model, with a vocabulary that has room for the tokens that our pipeline adds to the tokenizer."""
-    model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), model_values(found, files.names)))
-    assert isinstance(model, ModelConfig)
-    assert model.vocabulary_size is not None
-    if tokenizer is None or tokenizer.vocabulary_size <= model.vocabulary_size:
-        return model
-    rows = model.unpadded_vocabulary_size or model.vocabulary_size
-    return replace(model, vocabulary_size=tokenizer.vocabulary_size, unpadded_vocabulary_size=rows)
-
-
-def _checked_pairs(source: Path, model: ModelConfig, files: _Files) -> list[Pair]:
-    """The family's tensors under the names that the files have, each there, none left over.
-
-    Raises:
-        UserError: a tensor is missing, unknown or of another shape; it names it.
-    """
-    family = FAMILIES[model.family]
-    pairs = list(family.pairs(model))
-    if family.prefix and not any(name.startswith(family.prefix) for name in files.names):
-        pairs = [
-            replace(pair, theirs=tuple(part.removeprefix(family.prefix) for part in pair.theirs)) for pair in pairs
-        ]
-    wanted = {part for pair in pairs for part in pair.theirs}
-    missing = sorted(wanted - files.names)
-    if missing:
-        raise UserError(f"{source} has no tensor {missing[0]}, which a {model.family.value} of this config.json has.")
-    copies = {"lm_head.weight": pairs[0].theirs[0], **family.copies} if model.tie_embeddings else family.copies
-    beyond = sorted(
-        name
-        for name in files.names - wanted
-        if not name.endswith(_BUFFERS) and not _is_copy(name, copies.get(name), files)
-    )
-    if beyond:
-        raise UserError(f"{source} has a tensor {beyond[0]} that a {model.family.value} has not: it is not understood.")
-    return pairs
-
-
-def _is_copy(name: str, of: str | None, files: _Files) -> bool:
-    """Whether a tensor is written out a second time, such as the output layer that is the embedding."""
-    return of is not None and of in files.names and torch.equal(files.read(name), files.read(of))
+def _opened(job: ImportJob) -> Foreign:
+    if job.format is ImportFormat.deepspeed:
+        assert job.config is not None
+        return open_deepspeed(job.source, job.config)
+    if job.format is ImportFormat.megatron:
+        return open_megatron(job.source, moments=job.parts is not LoadParts.weights)
+    return open_hugging_face(job.source)
 
 
 def _run_config(job: ImportJob, model: ModelConfig) -> RunConfig:
@@ -182,30 +93,55 @@ def _run_config(job: ImportJob, model: ModelConfig) -> RunConfig:
     )
 
 
-def _joined(pair: Pair, files: _Files) -> Tensor:
-    return pair.join([files.read(part) for part in pair.theirs])
+def _joined(pair: Pair, foreign: Foreign, kind: Kind) -> Tensor:
+    return pair.join([foreign.source.read(part, kind) for part in pair.theirs])
 
 
-def _shapes(pairs: list[Pair], files: _Files) -> Iterator[tuple[str, Tensor]]:
-    """What each tensor of ours will be, from the headers of the files alone."""
-    for pair in pairs:
-        parts = [torch.empty(files.shape(part), device="meta") for part in pair.theirs]
+def _shapes(foreign: Foreign) -> Iterator[tuple[Pair, Tensor]]:
+    """What each tensor of ours will be, from what the source says of shapes alone."""
+    for pair in foreign.pairs:
+        parts = [torch.empty(tuple(foreign.source.shape(part)), device="meta") for part in pair.theirs]
         try:
-            yield WEIGHT + pair.ours, pair.join(parts)
+            yield pair, pair.join(parts)
         except RuntimeError as error:
             raise UserError(
-                f"the tensors {', '.join(pair.theirs)} have shapes that do not fit config.json: {error}."
+                f"the tensors {', '.join(pair.theirs)} have shapes that do not fit the model's description: {error}."
             ) from None
 
 
-def _write_step(checkpoints: Path, config: RunConfig, pairs: list[Pair], files: _Files, attempt: str) -> None:
-    by_name = {WEIGHT + pair.ours: pair for pair in pairs}
-    write_weights(
+def _write_step(
+    checkpoints: Path, config: RunConfig, foreign: Foreign, kinds: tuple[Kind, ...], origin: str, attempt: str
+) -> None:
+    """Step 0, with moments where they are taken over."""
+    shapes = list(_shapes(foreign))
+    places = {f"{kind.value}.{pair.ours}": (pair, kind) for kind in kinds for pair, _ in shapes}
+    participants: dict[str, list[str] | None] = {"model": _keys(places, Kind.weight)}
+    states: dict[str, Any] = {}
+    if len(kinds) > 1:
+        participants["optimizer"] = _keys(places, Kind.first_moment, Kind.second_moment)
+        participants["schedule"] = None
+        states["schedule"] = _schedule(foreign)
+    write_step(
         checkpoints,
         0,
-        dict(_shapes(pairs, files)),
-        lambda name: _joined(by_name[name], files).contiguous(),
+        {f"{kind.value}.{pair.ours}": shape for kind in kinds for pair, shape in shapes},
+        lambda name: _joined(places[name][0], foreign, places[name][1]).contiguous(),
+        participants=participants,
+        states=states,
         config=config,
-        layout={"imported": config.model.family.value},
+        layout={"imported": config.model.family.value, "format": origin},
         attempt=attempt,
     )
+
+
+def _keys(places: dict[str, tuple[Pair, Kind]], *kinds: Kind) -> list[str]:
+    return sorted(name for name, (_, kind) in places.items() if kind in kinds)
+
+
+def _schedule(foreign: Foreign) -> dict[str, Any]:
+    """The schedule at its beginning, over moments that stand for steps which this run has not taken."""
+    if foreign.source.steps is None:
+        raise UserError("the checkpoint does not say how many steps its moments stand for: import --parts weights.")
+    loss_scale = LossScale(dynamic=False)
+    loss_scale.steps_not_taken = -foreign.source.steps
+    return {"steps_taken": 0, "loss_scale": loss_scale.state_dict()}

@@ -1,6 +1,6 @@
-"""A step directory that holds weights and nothing else, written tensor by tensor, as every layout loads it.
+"""A step directory that is made of tensors from elsewhere, written one by one, as every layout loads it.
 
-It is what `checkpoint.load_parts=weights`, `generate`, `evaluate` and `export` start from; there is no state to resume.
+One with weights and nothing else is what `checkpoint.load_parts=weights`, `generate`, `evaluate` and `export` start from.
 """
 
 import secrets
@@ -38,11 +38,49 @@ def write_weights(
         layout: a record of where they come from.
         attempt: token of whoever writes.
     """
+    write_step(
+        checkpoints,
+        step,
+        shapes,
+        make,
+        participants={"model": sorted(shapes)},
+        states={},
+        config=config,
+        layout=layout,
+        attempt=attempt,
+    )
+
+
+def write_step(
+    checkpoints: Path,
+    step: int,
+    shapes: Mapping[str, Tensor],
+    make: Callable[[str], Tensor],
+    *,
+    participants: Mapping[str, list[str] | None],
+    states: Mapping[str, Any],
+    config: RunConfig,
+    layout: Mapping[str, Any],
+    attempt: str,
+) -> None:
+    """As `write_weights`, of any tensors.
+
+    Args:
+        checkpoints: of a run that is being made.
+        step: optimizer steps done.
+        shapes: by name, tensors on the meta device: shape and dtype.
+        make: the tensor of a name, contiguous; called once for each.
+        participants: {name: its tensors; None where it has only a state}.
+        states: {name: what it keeps besides}.
+        config: of the run that the tensors are of.
+        layout: a record of where they come from.
+        attempt: token of whoever writes.
+    """
     path = checkpoints / step_name(step)
     (path / TENSORS).mkdir(parents=True)
     written = write_tensors(path / TENSORS, shapes, make)
     records = {f"{TENSORS}/{name}": record for name, record in written.items()}
-    write_json(path / STATE, {})
+    write_json(path / STATE, dict(states))
     records[STATE] = FileRecord(bytes=(path / STATE).stat().st_size, hash=hash_file(path / STATE))
     Manifest(
         step=step,
@@ -52,6 +90,6 @@ def write_weights(
         config_fingerprint=fingerprint(configuration.to_dict(config)),
         versions=versions(),
         metrics={},
-        participants={"model": sorted(shapes)},
+        participants=dict(participants),
         files=dict(sorted(records.items())),
     ).write(path)

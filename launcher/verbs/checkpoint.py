@@ -36,8 +36,8 @@ WORDS = {
         main=export_main,
     ),
     "import": _Word(
-        arguments="DIR --output DIR",
-        meaning="make a Hugging Face model step 0 of a run, to go on with pretraining",
+        arguments="PATH --output DIR",
+        meaning="make a model of Hugging Face's, DeepSpeed's or Megatron-LM's step 0 of a run, to go on from it",
         main=import_main,
     ),
 }

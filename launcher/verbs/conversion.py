@@ -6,11 +6,13 @@ The quick half: it imports no torch. `launcher.conversion` streams the tensors, 
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from launcher.places import Checkpoint, find_checkpoint
 from launcher.work import Ranks, Work, from_environment
 from parallel.common.errors import UserError
+from parallel.config import LoadParts
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,11 +32,26 @@ class ExportJob:
     """The average of the weights over the steps instead of the weights."""
 
 
+class ImportFormat(StrEnum):
+    """Whose files an import reads."""
+
+    hf = "hf"
+    """Hugging Face: config.json and safetensors."""
+    deepspeed = "deepspeed"
+    """ZeRO's shards of a model of `transformers`."""
+    megatron = "megatron"
+    """Megatron-LM's `torch_dist`."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportJob:
-    """Safetensors to become a checkpoint."""
+    """Another program's files to become a checkpoint."""
 
     source: Path
+    format: ImportFormat
+    config: Path | None
+    """The config.json of a model under DeepSpeed."""
+    parts: LoadParts
     output: Path
     check: bool
     ranks: Ranks
@@ -99,22 +116,69 @@ def export_main(arguments: Sequence[str]) -> Work:
 
 
 def import_main(arguments: Sequence[str]) -> Work:
-    """Parses `DIR --output DIR [--no-check]`."""
+    """Parses `PATH --output DIR [--format hf|deepspeed|megatron] [--config FILE] [--parts P] [--no-check]`."""
     parser = argparse.ArgumentParser(
         prog="bloomery checkpoint import",
-        description="Makes a run whose step 0 has the weights of a Hugging Face model; any layout loads it, to go on "
-        "with pretraining: bloomery train CONFIG... checkpoint.load=OUTPUT checkpoint.load_parts=weights",
+        description="Makes a run whose step 0 has the weights of another program's model, and its moments where they "
+        "are there; any layout loads it, to go on with pretraining: bloomery train CONFIG... checkpoint.load=OUTPUT "
+        "checkpoint.load_parts=weights (or weights_and_moments)",
         epilog="example: bloomery checkpoint import ~/models/Llama-3.2-1B --output runs/llama-3.2-1b",
     )
-    parser.add_argument("source", type=Path, metavar="DIR", help="has config.json and *.safetensors")
+    parser.add_argument("source", type=Path, metavar="PATH", help="the directory that the other program wrote")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a directory that does not exist yet")
+    parser.add_argument(
+        "--format",
+        type=ImportFormat,
+        choices=tuple(ImportFormat),
+        default=ImportFormat.hf,
+        help="hf: config.json and safetensors (default); deepspeed: a ZeRO checkpoint of a model of transformers; "
+        "megatron: a torch_dist checkpoint of Megatron-LM",
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="deepspeed: the model's config.json (PATH/config.json by default)"
+    )
+    parser.add_argument(
+        "--parts",
+        type=LoadParts,
+        choices=(LoadParts.everything, LoadParts.weights),
+        default=LoadParts.everything,
+        help="weights: leave moments out (default: everything that is there)",
+    )
     parser.add_argument("--no-check", dest="check", action="store_false", help="do not compare logits (takes memory)")
     options = parser.parse_args(list(arguments))
-    if not (options.source / "config.json").is_file():
-        raise UserError(f"{options.source} is not a Hugging Face model: expected a directory with a config.json.")
     output = _new(options.output)
-    job = ImportJob(source=options.source, output=output, check=options.check, ranks=_alone("import"))
+    job = ImportJob(
+        source=options.source,
+        format=options.format,
+        config=_config(options.source, options.format, options.config),
+        parts=options.parts,
+        output=output,
+        check=options.check,
+        ranks=_alone("import"),
+    )
     return Work(module="launcher.conversion.importing", job=job, rank=0, logs=output.parent / "logs")
+
+
+def _config(source: Path, kind: ImportFormat, given: Path | None) -> Path | None:
+    """The config.json that says what the tensors are.
+
+    Raises:
+        UserError: there is none, or none is asked for.
+    """
+    if not source.is_dir():
+        raise UserError(f"{source} is not a directory.")
+    if kind is not ImportFormat.deepspeed:
+        if given is not None:
+            raise UserError(f"--config is for --format deepspeed: {kind.value} files describe their model themselves.")
+        if kind is ImportFormat.hf and not (source / "config.json").is_file():
+            raise UserError(f"{source} is not a Hugging Face model: expected a directory with a config.json.")
+        return None
+    config = given or source / "config.json"
+    if not config.is_file():
+        raise UserError(
+            f"{config} does not exist: a DeepSpeed checkpoint needs the model's config.json (--config FILE)."
+        )
+    return config
 
 
 def _new(output: Path) -> Path:

@@ -12,7 +12,7 @@ themselves are read by `torch.load` in its weights-only mode.
 import io
 import math
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +61,10 @@ _METADATA_CLASSES = {
     }.items()
     for name in names
 }
+
+
+_OBJECTS = {(dcp_metadata.__name__, "BytesStorageMetadata")}
+"""An empty class that stands for objects beside the tensors: none of ours, and never read."""
 
 
 class _HashingFile:
@@ -234,7 +238,7 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Knows DCP's metadata classes and torch's dtypes; anything else is refused before it is looked up."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        if (module_name, global_name) in _METADATA_CLASSES:
+        if (module_name, global_name) in _METADATA_CLASSES | _OBJECTS:
             return super().find_class(module_name, global_name)
         if module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype):
             return getattr(torch, global_name)
@@ -244,10 +248,12 @@ class _MetadataUnpickler(pickle.Unpickler):
 class Reader(dcp.FileSystemReader):
     """DCP's reader, which trusts nothing that it reads."""
 
-    def __init__(self, directory: Path, files: Mapping[str, FileRecord]) -> None:
+    def __init__(self, directory: Path, files: Collection[str], *, objects: bool = False) -> None:
+        """Knows the directory, the names of its files, and whether there may be objects beside the tensors."""
         super().__init__(directory)
         self.directory = directory
         self.files = files
+        self.kinds = (TensorStorageMetadata, dcp_metadata.BytesStorageMetadata)[: 1 + objects]
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = self.directory / METADATA
@@ -263,7 +269,7 @@ class Reader(dcp.FileSystemReader):
         if type(metadata) is not Metadata:
             raise ValueError("no metadata object")
         for key, tensor in metadata.state_dict_metadata.items():
-            if type(key) is not str or type(tensor) is not TensorStorageMetadata:
+            if type(key) is not str or type(tensor) not in self.kinds:
                 raise ValueError(f"{key!r} is not a tensor")
         for index, place in metadata.storage_data.items():
             if type(index) is not dcp_metadata.MetadataIndex or type(place) is not dcp_filesystem._StorageInfo:

@@ -143,7 +143,7 @@ def other_size(directory: Path) -> None:
         (rewrite("model.layers.0.extra.weight", torch.zeros(3)), "has a tensor model.layers.0.extra.weight"),
         (pickled, "pytorch_model.bin would run code"),
         (garbage, "model.safetensors is damaged"),
-        (other_size, "shapes that do not fit config.json"),
+        (other_size, "shapes that do not fit the model's description"),
     ],
     ids=["missing", "beyond", "pickled", "garbage", "other-shape"],
 )
