@@ -111,8 +111,12 @@ class _HashingFileSystem(dcp_filesystem.FileSystem):
 class Writer(dcp.FileSystemWriter):
     """DCP's writer: hashing, no file for a rank with nothing to write, no paths in the metadata, nothing left out."""
 
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory, single_file_per_rank=True, sync_files=True, thread_count=1, overwrite=False)
+    def __init__(self, directory: Path, *, one_at_a_time: bool = False) -> None:
+        """Writes to a directory; with `one_at_a_time` no tensor is asked for before the one before is written."""
+        ahead = {"per_thread_copy_ahead": 0} if one_at_a_time else {}
+        super().__init__(
+            directory, single_file_per_rank=True, sync_files=True, thread_count=1, overwrite=False, **ahead
+        )
         self.fs = self.recorder = _HashingFileSystem()
 
     def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:

@@ -66,15 +66,23 @@ class StoredTensors:
 
 
 class _MakingPlanner(SavePlanner):
-    """Plans with tensors that have shapes only, and has each made when its turn to be written comes."""
+    """Plans with tensors that have shapes only, and has each made when its turn to be written comes.
+
+    The one before is freed then, whoever still refers to it: `torch.save` leaves it in cyclic garbage, and a model
+    larger than memory cannot wait for the collector.
+    """
 
     def __init__(self, make: Callable[[str], Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._make = make
+        self._written: Tensor | None = None
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         index: MetadataIndex = write_item.index
-        return self._make(index.fqn)
+        if self._written is not None and self._written.untyped_storage().resizable():
+            self._written.untyped_storage().resize_(0)
+        self._written = self._make(index.fqn)
+        return self._written
 
 
 def write_tensors(
@@ -85,11 +93,11 @@ def write_tensors(
     Args:
         directory: exists and is empty.
         shapes: by global name, tensors on the meta device: shape and dtype.
-        make: the tensor of a name; called once for each, in an order of its own.
+        make: the tensor of a name; called once for each, in an order of its own. Its memory is this function's.
 
     Returns:
         The files written, by their names in the directory.
     """
-    writer = Writer(directory)
+    writer = Writer(directory, one_at_a_time=True)
     dcp.save(dict(shapes), storage_writer=writer, planner=_MakingPlanner(make))
     return writer.recorder.records

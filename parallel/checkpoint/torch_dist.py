@@ -16,6 +16,7 @@ where their classes stand for inert records. Other objects beside the tensors ar
 import io
 import json
 import re
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ class TorchDistFiles:
             UserError: the checkpoint has none.
         """
         found = self.common.get("args")
-        if not isinstance(found, InertRecord):
+        if not isinstance(found, InertRecord | Namespace):  # the class itself where megatron-core told torch of it
             raise UserError(f"{self.place} has no arguments (`args`): it was not written by Megatron-LM's training.")
         return vars(found)
 
