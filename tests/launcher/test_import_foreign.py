@@ -426,7 +426,7 @@ def test_what_deepspeed_has_and_we_do_not_understand_is_named(
         ("num_hidden_layers", 3, "has no tensor model.layers.2."),
         ("num_hidden_layers", 1, "has a tensor model.layers.1."),
         ("mlp_bias", True, "mlp_bias"),
-        ("model_type", "gpt_neox", "model_type 'gpt_neox'"),
+        ("model_type", "bloom", "model_type 'bloom'"),
     ):
         other.write_text(json.dumps({**config, key: value}))
         assert told in refused(tmp_path, path, "--format", "deepspeed", "--config", other)
@@ -440,10 +440,11 @@ def test_what_deepspeed_has_and_we_do_not_understand_is_named(
 
 
 def read_everything(job: ImportJob) -> None:
-    """All that an import would read of the weights."""
+    """All that an import would read."""
     source = importing._opened(job).source
     for name in sorted(source.names):
-        source.read(name)
+        for kind in source.kinds:
+            source.read(name, kind)
 
 
 def test_hostile_and_damaged_files_of_megatron(
