@@ -5,6 +5,7 @@ rounded and written, so that a model larger than memory converts. Everything is 
 appears by one rename, after the logits were compared.
 """
 
+import gc
 import json
 import logging
 import shutil
@@ -140,6 +141,7 @@ def _write_tensors(directory: Path, plan: list[_File], tensors: Weights, dtype: 
         name = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         content = dict(_theirs(file.pairs, tensors, dtype))
         save_file(content, directory / name, metadata={"format": "pt"})
+        gc.collect()  # torch.load leaves what it read in cyclic garbage
         places |= dict.fromkeys(content, name)
         logger.info("  %s  %s (%d of %d)", name, format_bytes(file.bytes), number, len(plan))
     if len(plan) > 1:

@@ -42,6 +42,8 @@ from parallel.common.files import start_flush
 METADATA = ".metadata"
 _FLUSH_BYTES = 1 << 25
 """Written between two hints to the disk."""
+_AHEAD_BYTES = 10_000_000
+"""Copied from an accelerator while others are written: DCP's own default."""
 
 _METADATA_CLASSES = {
     (module.__name__, name)
@@ -113,9 +115,13 @@ class Writer(dcp.FileSystemWriter):
 
     def __init__(self, directory: Path, *, one_at_a_time: bool = False) -> None:
         """Writes to a directory; with `one_at_a_time` no tensor is asked for before the one before is written."""
-        ahead = {"per_thread_copy_ahead": 0} if one_at_a_time else {}
         super().__init__(
-            directory, single_file_per_rank=True, sync_files=True, thread_count=1, overwrite=False, **ahead
+            directory,
+            single_file_per_rank=True,
+            sync_files=True,
+            thread_count=1,
+            per_thread_copy_ahead=0 if one_at_a_time else _AHEAD_BYTES,
+            overwrite=False,
         )
         self.fs = self.recorder = _HashingFileSystem()
 
