@@ -1,6 +1,6 @@
 """A step directory that is made of tensors from elsewhere, written one by one, as every layout loads it.
 
-One with weights and nothing else is what `checkpoint.load_parts=weights`, `generate`, `evaluate` and `export` start from.
+With weights and nothing else it is what `checkpoint.load_parts=weights`, `generate`, `evaluate` and `export` need.
 """
 
 import secrets
