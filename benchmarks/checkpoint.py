@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from model.build import build
 from model.config import ModelConfig
-from model.objectives import causal_language_modelling
+from model.objectives import Prediction
 from parallel.checkpoint.checkpoints import Checkpoints
 from parallel.checkpoint.fence import Fence
 from parallel.checkpoint.load import load
@@ -61,7 +61,7 @@ def make_engine(megabytes: float) -> Engine:
     )
     return Engine(
         chunks,
-        objective=causal_language_modelling,
+        objective=Prediction(),
         topology=topology,
         optimizer=optimizer,
         schedule=Schedule(optimizer, total_steps=1),

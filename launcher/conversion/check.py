@@ -157,7 +157,7 @@ def compare_logits(model: ModelConfig, weights: Mapping[str, Tensor], reference:
     assert rows is not None
     comparison = _COMPARISONS[families.family(model).architecture]
     batch = comparison.batch(rows, min(_LENGTH, sequence_length, model.positions or sequence_length))
-    ours = comparison.ours(_our_outputs(model, weights, batch, sequence_length=sequence_length), rows)
+    ours = comparison.ours(our_outputs(model, weights, batch, sequence_length=sequence_length), rows)
     expected = comparison.theirs(reference.eval(), batch)
     difference = max(
         float((one - other).abs().max() / other.abs().max()) for one, other in zip(ours, expected, strict=True)
@@ -170,7 +170,7 @@ def compare_logits(model: ModelConfig, weights: Mapping[str, Tensor], reference:
         )
 
 
-def _our_outputs(
+def our_outputs(
     model: ModelConfig, weights: Mapping[str, Tensor], batch: dict[str, Tensor], *, sequence_length: int
 ) -> Tensor | tuple[Tensor, ...]:
     """What our model gives."""

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from launcher import config as configuration
 from launcher.conversion import importing
-from launcher.conversion.check import _our_logits
+from launcher.conversion.check import our_outputs
 from launcher.verbs.conversion import ImportJob, import_main
 from launcher.verify.world import run_world
 from launcher.work import Ranks
@@ -360,7 +360,18 @@ def test_torch_dist_becomes_ours(
     model = model_of(tmp_path / "run")
     ours = [key.removeprefix("weight.") for key in stored.shapes if key.startswith("weight.")]
     weights = {name: stored.read(f"weight.{name}") for name in ours}
-    (logits,) = run_world(lambda: _our_logits(model, weights, TOKENS, sequence_length=64).detach(), 1)
+    batch = {
+        "tokens": TOKENS,
+        "positions": torch.arange(TOKENS.shape[1]).repeat(len(TOKENS), 1),
+        "document_ids": torch.zeros(TOKENS.shape, dtype=torch.int32),
+    }
+
+    def computed() -> torch.Tensor:
+        logits = our_outputs(model, weights, batch, sequence_length=64)
+        assert isinstance(logits, torch.Tensor)
+        return logits.detach().transpose(0, 1)
+
+    (logits,) = run_world(computed, 1)
     assert torch.allclose(logits[..., :250], wanted, atol=1e-4 * float(wanted.abs().max()))
     for name in ours:
         first, second = stored.read(f"exp_avg.{name}"), stored.read(f"exp_avg_sq.{name}")
