@@ -40,10 +40,16 @@ def _made_by_running(path: Path) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=_each)
 def test_keys_exist(page: Path) -> None:
     known = reference.all_keys()
-    named = {key for key in _KEY.findall(page.read_text()) if not key.endswith((".py", ".yaml", ".md"))}
+    named = {key for key in _KEY.findall(_ours(page)) if not key.endswith((".py", ".yaml", ".md"))}
     named = {key for key in named if not (ROOT / key.split(".")[0] / f"{key.split('.')[-1]}.py").exists()}
     wrong = {key for key in named if key not in known and not _inside_a_list(key, known) and not _attribute(key)}
     assert not sorted(wrong)
+
+
+def _ours(page: Path) -> str:
+    """A page without what it quotes of other projects: the first column of docs/coming-from.md."""
+    text = page.read_text()
+    return re.sub(r"^\|[^|]*\|", "|", text, flags=re.MULTILINE) if page.name == "coming-from.md" else text
 
 
 def _inside_a_list(key: str, known: frozenset[str]) -> bool:

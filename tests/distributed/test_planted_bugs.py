@@ -19,7 +19,7 @@ from launcher.verify.diagnose import diagnose
 from launcher.verify.matrix import row
 from launcher.verify.proof import proofs
 from model import moe, specs
-from model.language_model import CausalLanguageModel
+from model.language_model import LanguageModel
 from model.objectives import Prediction
 from parallel import engine, optimizer
 from parallel.context import ContextParallel
@@ -162,23 +162,23 @@ def test_router_loss_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_same_dropout_masks_on_every_slice_of_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def always_the_first(self: CausalLanguageModel, tokens: Tensor) -> Tensor:
+    def always_the_first(self: LanguageModel, tokens: Tensor) -> Tensor:
         cut = self.topology.config.tensor if self.topology.sequence_parallel else 1
         return tokens.chunk(cut)[0]
 
-    monkeypatch.setattr(CausalLanguageModel, "_own", always_the_first)
+    monkeypatch.setattr(LanguageModel, "own", always_the_first)
     verify(2, "model.dropout=0.1", "parallel.tensor=2").says("the same masks on every slice", of=r"\w")
 
 
 def test_dropout_masks_that_differ_where_tensor_ranks_hold_the_same_activations(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = CausalLanguageModel._own
+    real = LanguageModel.own
 
-    def by_rank(self: CausalLanguageModel, tokens: Tensor) -> Tensor:
+    def by_rank(self: LanguageModel, tokens: Tensor) -> Tensor:
         return real(self, tokens) + (self.topology.tensor_rank if tokens.dtype == torch.int64 else 0)
 
-    monkeypatch.setattr(CausalLanguageModel, "_own", by_rank)
+    monkeypatch.setattr(LanguageModel, "own", by_rank)
     verify(2, "model.dropout=0.1", "parallel.tensor=2", "parallel.sequence_parallel=false").says(
         "tensor ranks drop different elements where they hold the same activations", of=r"\w"
     )

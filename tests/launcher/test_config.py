@@ -12,7 +12,11 @@ from launcher.length import total_steps
 from model.size import parameter_count
 from parallel.common.errors import ConfigError, UserError
 
-CONFIGS = sorted((Path(__file__).resolve().parent.parent.parent / "configs").rglob("*.yaml"))
+CONFIGS = sorted(
+    path
+    for path in (Path(__file__).resolve().parent.parent.parent / "configs").rglob("*.yaml")
+    if path.parent.name != "hardware"  # what `bloomery plan` reads
+)
 
 
 def written(directory: Path, text: str, name: str = "a.yaml") -> Path:

@@ -9,6 +9,12 @@ from benchmarks.kill_resume import POINTS, kill_runs
 pytestmark = pytest.mark.distributed
 
 
+@pytest.mark.fault(
+    number=3,
+    fault="all ranks are killed a dozen times, at points of a save and at random, over several runs",
+    holds="each start takes the newest whole checkpoint; the run ends with the bits of an undisturbed one",
+    recovery_seconds=None,
+)
 def test_a_run_killed_again_and_again_is_the_same_run(tmp_path: Path) -> None:
     found = kill_runs(tmp_path, rounds=12, cases=("zero2-asynchronous",), seed=4)
     assert found.wrong == []
