@@ -91,6 +91,8 @@ class Loader:
         self._following = plan.following
         self._seed = seed
         self._position = 0
+        self._jumped: list[list[int]] = []
+        """Stretches of the global order, [first, last + 1], that were never trained on."""
         self._ready: list[dict[str, Tensor]] = []
         self._middle = plan.transform(store, seed=seed)
         self._options = {"sequence_length": sequence_length, "mask_documents": mask_documents, **plan.options()}
@@ -109,13 +111,28 @@ class Loader:
 
         Exact, but for what fill-in-the-middle pushes off the end of samples, or puts into their padding.
         """
-        counts = self._schedule.counts(self._position).tolist()
         names = self._begun()
-        return {
-            name: stream.tokens_before(count)
-            for name, stream, count in zip(self._schedule.sources, self._streams, counts, strict=True)
-            if name in names
-        }
+        ledger = {name: tokens for name, tokens in self._tokens_before(self._position).items() if name in names}
+        for first, end in self._jumped:
+            before = self._tokens_before(first)
+            for name, tokens in self._tokens_before(end).items():
+                if name in ledger:
+                    ledger[name] -= tokens - before[name]
+        return ledger
+
+    def _tokens_before(self, position: int) -> dict[str, int]:
+        """Tokens of each source before a position, as if all of them had been trained on."""
+        counts = self._schedule.counts(position).tolist()
+        streams = zip(self._schedule.sources, self._streams, counts, strict=True)
+        return {name: stream.tokens_before(count) for name, stream, count in streams}
+
+    def jump(self, position: int) -> None:
+        """Goes on at a later position; what lies between is noted, and the ledger does not count it."""
+        assert position >= self._position, "a loader jumps forward"
+        if position > self._position:
+            self._jumped.append([self._position, position])
+        self._position = position
+        self._ready = []
 
     def next_batch(self) -> dict[str, Tensor]:
         """This rank's rows of the next global batch; keys and shapes as in `batch`.
@@ -184,6 +201,7 @@ class Loader:
             "position": self._position,
             "fingerprint": self._fingerprint(),
             "ledger": self.ledger,
+            "jumped": self._jumped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -195,6 +213,7 @@ class Loader:
         if state["version"] != STATE_VERSION:
             raise UserError(f"the loader's state has version {state['version']}: expected {STATE_VERSION}")
         self._position, before = state["position"], self._position
+        self._jumped = [list(stretch) for stretch in state.get("jumped", ())]
         saved = {"seed": state["seed"], **state["fingerprint"]}
         own = {"seed": self._seed, **self._fingerprint()}
         keys = dict.fromkeys([*own, *saved])

@@ -5,8 +5,11 @@
 Read it from top to bottom to know what a run is made of; each line names the room where its part lives.
 """
 
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +19,8 @@ from data_pipeline.following import open_store
 from data_pipeline.loader import Loader
 from data_pipeline.store import TRAINING, Store
 from launcher import config as configuration
+from launcher.anomaly.judge import Judge
+from launcher.anomaly.replicas import Replicas
 from launcher.batches import Batches
 from launcher.config import RunConfig, WandbMode
 from launcher.display import Display, make_display
@@ -23,12 +28,14 @@ from launcher.evaluation.validation import Validation
 from launcher.length import batch_sizes, total_steps
 from launcher.meter import Meter
 from launcher.objective import objective_of, plan_of, travelling_length
-from launcher.preempt import Preempt
+from launcher.preempt import Asked, Preempt
 from launcher.progress import Every, Progress
 from launcher.run_directory import Lock, RunDirectory
 from launcher.runtime import COLLECTIVE_LIMIT
 from launcher.saving import Saving
 from launcher.tracking import Tracker, WeightsAndBiases
+from launcher.watchdog.pulse import Pulse
+from launcher.watchdog.stragglers import Stragglers
 from model.build import build
 from parallel.checkpoint.agreement import exchange
 from parallel.checkpoint.checkpoints import Checkpoints
@@ -48,12 +55,15 @@ class Parts:
     """Everything that the training loop works with."""
 
     topology: Topology
+    hosts: list[str]
+    """Where each rank runs."""
     vocabulary_size: int
     engine: Engine
     loader: Loader
     batches: Batches
     progress: Progress
     preempt: Preempt
+    judge: Judge
     validation: Validation
     logging: Every
     saving: Saving
@@ -64,7 +74,15 @@ class Parts:
     tracker: Tracker
 
 
-def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preempt: Preempt) -> Parts:
+def assemble(
+    config: RunConfig,
+    directory: RunDirectory,
+    *,
+    attempt: str,
+    preempt: Preempt,
+    pulse: Pulse,
+    event: Callable[..., None],
+) -> Parts:
     """Builds the run on this rank; every rank calls this, `torch.distributed` is initialised."""
     train, steps = config.train, total_steps(config)
     store = open_store(config.data)
@@ -72,19 +90,7 @@ def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preemp
     rows = vocabulary_size(config, store)
     engine = make_engine(config, vocabulary_size=rows, topology=topology, objective=objective_of(config))
     _check_patterns(config, engine)
-    loader = Loader(
-        store,
-        split=TRAINING,
-        mixture=config.data.weights,
-        sequence_length=train.sequence_length,
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
-        dp_rank=topology.data_parallel_rank,
-        dp_size=topology.data_parallel_size,
-        seed=config.run.seed,
-        mask_documents=config.data.mask_documents,
-        plan=plan_of(config),
-    )
+    loader = _loader(config, store, topology)
     progress = Progress(total_steps=steps, batch_sizes=batch_sizes(config), sequence_length=train.sequence_length)
     fence = Fence(attempt=attempt, holder=partial(Lock.attempt, directory.lock))
     checkpoints = Checkpoints(
@@ -99,27 +105,28 @@ def assemble(config: RunConfig, directory: RunDirectory, *, attempt: str, preemp
     )
     display = make_display(topology.rank)
     saving = Saving(config.checkpoint, total_steps=steps, rank=topology.rank)
-    preempt.join(_hosts() if topology.world_size > 1 else None, [saving, checkpoints])
+    hosts = exchange(socket.gethostname())
+    several = _hosts() if topology.world_size > 1 else None
+    judge = Judge(config.anomaly, progress=progress, group=several, event=event)
+    engine.pulse, engine.accepts = pulse, judge.accepts
+    watching = {"progress": progress, "hosts": hosts, "event": event}
+    preempt.join(several, [saving, checkpoints, judge, *_watchers(config, engine, several, **watching)], pulse=pulse)
     return Parts(
         topology=topology,
+        hosts=hosts,
         vocabulary_size=rows,
         engine=engine,
         loader=loader,
         batches=Batches(loader, topology),
         progress=progress,
         preempt=preempt,
+        judge=judge,
         validation=Validation(config, store=store, topology=topology, total_steps=steps),
         logging=Every(train.log_every_steps, config.evaluate.every_steps, besides=(1, steps)),
         saving=saving,
         checkpoints=checkpoints,
-        participants={**engine.participants(), "loader": loader, "progress": progress},
-        meter=Meter(
-            model=config.model,
-            vocabulary_size=rows,
-            sequence_length=train.sequence_length,
-            topology=topology,
-            dtype=model_dtype(config.precision),
-        ),
+        participants={**engine.participants(), "loader": loader, "progress": progress, "judge": judge},
+        meter=_meter(config, rows, topology, pulse),
         display=display,
         tracker=_tracker(config, directory, fence, display, rank=topology.rank),
     )
@@ -130,6 +137,45 @@ def _check_patterns(config: RunConfig, engine: Engine) -> None:
     if config.optimizer.groups or config.optimizer.frozen:
         names = exchange([local.name for local in (*engine.parameters, *engine.frozen)])
         check_patterns(sorted({name for each in names for name in each}), config.optimizer)
+
+
+def _meter(config: RunConfig, rows: int, topology: Topology, pulse: Pulse) -> Meter:
+    return Meter(
+        model=config.model,
+        vocabulary_size=rows,
+        sequence_length=config.train.sequence_length,
+        topology=topology,
+        dtype=model_dtype(config.precision),
+        pulse=pulse,
+    )
+
+
+def _loader(config: RunConfig, store: Store, topology: Topology) -> Loader:
+    """Training batches of this rank."""
+    train = config.train
+    return Loader(
+        store,
+        split=TRAINING,
+        mixture=config.data.weights,
+        sequence_length=train.sequence_length,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        dp_rank=topology.data_parallel_rank,
+        dp_size=topology.data_parallel_size,
+        seed=config.run.seed,
+        mask_documents=config.data.mask_documents,
+        plan=plan_of(config),
+    )
+
+
+def _watchers(config: RunConfig, engine: Engine, several: ProcessGroup | None, **watching: Any) -> list[Asked]:
+    """What ranks look at together after a step; a rank alone has nobody to compare with."""
+    if several is None:
+        return []
+    return [
+        Replicas(config.anomaly, engine=engine, group=several, **watching),
+        Stragglers(config.watchdog, group=several, **watching),
+    ]
 
 
 def make_engine(

@@ -31,7 +31,7 @@ CODE, VERSIONS = "code", "versions"
 _FREE = (
     "run.name", "run.dir", "parallel.", "train.micro_batch_size", "train.log_every_steps", "checkpoint.", "evaluate.",
     "tracking.", "slurm.", "data.sources", "data.store", "data.stages.", "data.tokenizer.", "data.validation.",
-    "data.shard_tokens",
+    "data.shard_tokens", "watchdog.", "anomaly.",
 )  # fmt: skip
 """Keys that change neither the samples nor the numbers that are computed from them, rounding apart. What the store was
 built from is the store's own matter: the loader refuses another one."""

@@ -22,7 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.config import DataConfig
 from launcher import plugins
+from launcher.anomaly.config import AnomalyConfig
 from launcher.slurm.config import SlurmConfig
+from launcher.watchdog.config import WatchdogConfig
 from model.config import ModelConfig
 from parallel.common.errors import ConfigError, Problem, UserError
 from parallel.common.files import write_text
@@ -128,6 +130,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     plugins: list[str] = field(default_factory=list)
     """Modules that register optimizers, objectives, samples and filters of one's own (docs/plugins.md)."""

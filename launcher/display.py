@@ -76,7 +76,7 @@ def make_display(rank: int) -> Display:
 
 def _said(record: Mapping[str, Any], remaining_tokens: int) -> str:
     rate = record["tokens_per_second"]
-    parts = [f"loss {record['loss']:.3f}"]
+    parts = ["loss not finite" if record["loss"] is None else f"loss {record['loss']:.3f}"]
     if "validation_loss" in record:
         parts.append(f"validation {record['validation_loss']:.3f}")
     parts.append(f"{format_count(rate)} tokens/s")

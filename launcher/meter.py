@@ -40,7 +40,14 @@ class Meter:
     """Collects between two logged steps, summarises at them."""
 
     def __init__(
-        self, *, model: ModelConfig, vocabulary_size: int, sequence_length: int, topology: Topology, dtype: torch.dtype
+        self,
+        *,
+        model: ModelConfig,
+        vocabulary_size: int,
+        sequence_length: int,
+        topology: Topology,
+        dtype: torch.dtype,
+        pulse: Callable[[str], None],
     ) -> None:
         peak = _peak_flops(topology.device, dtype)
         self._flops_share = {
@@ -50,6 +57,7 @@ class Meter:
             for name, causal in (("mfu_causal", True), ("mfu_full", False))
         }
         self._topology = topology
+        self._pulse = pulse
         self._seconds: dict[str, float] = defaultdict(float)
         self._started = time.perf_counter()
         self._tokens = 0
@@ -60,7 +68,8 @@ class Meter:
         self._window(progress)
 
     def timed[Result](self, phase: str, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Runs `work` and adds its time to a phase."""
+        """Runs `work` as a phase of the step, which the watchdog is told, and adds its time to it."""
+        self._pulse(phase)
         started = time.perf_counter()
         try:
             return work(*arguments)
@@ -75,7 +84,7 @@ class Meter:
 
     def summarise(self, progress: Progress, batch: Mapping[str, Tensor], result: StepResult) -> dict[str, Any]:
         """The record of a logged step, for `metrics.jsonl`; times and skipped steps since the record before."""
-        loss, grad_norm = finite(result, progress.step)
+        loss, grad_norm = finite(result)
         elapsed = time.perf_counter() - self._started - sum(self._seconds[phase] for phase in _PAUSES)
         rate = (progress.tokens - self._tokens) / elapsed
         record = {
@@ -129,19 +138,10 @@ def means(reported: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: (pair[0] / pair[1].clamp(min=1e-12)).item() for name, pair in reported.items()}
 
 
-def finite(result: StepResult, step: int) -> tuple[float, float | None]:
-    """Loss and gradient norm of a step; a step that was skipped for its loss scale has no norm.
-
-    Raises:
-        FloatingPointError: one of them is not finite; nothing after it is worth keeping.
-    """
-    loss, grad_norm = result.loss.item(), None if result.skipped else result.grad_norm.item()
-    if not (math.isfinite(loss) and math.isfinite(grad_norm or 0.0)):
-        raise FloatingPointError(
-            f"step {step} has the loss {loss} and the gradient norm {grad_norm}: the run ends here, unsaved; "
-            "go on from the newest checkpoint with a lower optimizer.learning_rate or other data"
-        )
-    return loss, grad_norm
+def finite(result: StepResult) -> tuple[float | None, float | None]:
+    """Loss and gradient norm of a step, each None where it is not finite, as in a step that was skipped for it."""
+    loss, grad_norm = result.loss.item(), result.grad_norm.item()
+    return loss if math.isfinite(loss) else None, grad_norm if math.isfinite(grad_norm) else None
 
 
 def _peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

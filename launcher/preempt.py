@@ -7,7 +7,7 @@ Whatever else each rank knows for itself and all must act on alike rides with it
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -18,6 +18,10 @@ from torch.distributed import ProcessGroup
 from parallel.common.faults import fault_point
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+def _nothing(_phase: str) -> None:
+    """Where nobody watches."""
 
 
 class Asked(Protocol):
@@ -38,19 +42,24 @@ class Preempt:
     def __init__(self) -> None:
         self._group: ProcessGroup | None = None
         self._asked: Sequence[Asked] = ()
+        self._pulse: Callable[[str], None] = _nothing
         self._received = 0
         self.signal: signal.Signals | None = None
         """What the ranks agreed to stop for."""
 
-    def join(self, group: ProcessGroup | None, asked: Sequence[Asked] = ()) -> None:
+    def join(
+        self, group: ProcessGroup | None, asked: Sequence[Asked] = (), *, pulse: Callable[[str], None] = _nothing
+    ) -> None:
         """Names the ranks that agree: a group of all of them that works on CPU tensors, or None for a rank alone.
 
         Args:
             group: the ranks.
             asked: what they agree on besides, the same on every rank.
+            pulse: told that this rank waits for the others.
         """
         self._group = group
         self._asked = asked
+        self._pulse = pulse
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -71,6 +80,7 @@ class Preempt:
     def agreed(self) -> bool:
         """Whether some rank was asked to stop; the same on every rank. All ranks call this once a step."""
         fault_point("train.step")
+        self._pulse("collective")
         flags = torch.tensor([self._received, *(asked.ask() for asked in self._asked)])  # [1 + asked]
         if self._group is not None:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)

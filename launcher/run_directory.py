@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,11 @@ class RunDirectory:
         except FileNotFoundError:
             return {}
 
+    def hosts(self, attempt: str) -> dict[int, str]:
+        """{rank: host} of an attempt that has begun; empty for another."""
+        found = next((line for line in self.history if line["attempt"] == attempt), None)
+        return {rank: host for host, ranks in found.get("hosts", {}).items() for rank in ranks} if found else {}
+
     def check_not_lost(self) -> None:
         """Refuses a run that has saved, and whose checkpoints are gone: it would begin again from random weights.
 
@@ -111,6 +116,7 @@ class Records:
         origin: Path | None,
         changes: Mapping[str, tuple[Any, Any]],
         versions: Mapping[str, str],
+        hosts: Sequence[str],
         code: Mapping[str, str],
     ) -> None:
         """Opens the records for an attempt.
@@ -122,6 +128,7 @@ class Records:
             origin: the step directory that it begins with, if any.
             changes: {name: (before, now)} since the last attempt.
             versions: of the packages that compute.
+            hosts: where each rank runs.
             code: {source file: hash} of what computes.
         """
         if not self._writes:
@@ -141,6 +148,9 @@ class Records:
                 "changes": {name: list(values) for name, values in changes.items()},
                 "layout": dict(layout),
                 "versions": dict(versions),
+                "hosts": {
+                    name: [rank for rank, host in enumerate(hosts) if host == name] for name in dict.fromkeys(hosts)
+                },
                 "job": {"host": socket.gethostname(), "process": os.getpid(), **_slurm()},
             }
         )
@@ -155,6 +165,12 @@ class Records:
         if short is not None and not self._said_short:
             logger.warning("%s", short)
             self._said_short = True
+
+    def went_back(self, *, step: int, **facts: Any) -> None:
+        """The run went back to a step: metrics of later ones are cut off, the event keeps the facts."""
+        if self._writes:
+            self._directory.metrics.keep(lambda record: record["step"] <= step)
+        self.event("rolled_back", step=step, **facts)
 
     def event(self, name: str, *, step: int, **facts: Any) -> None:
         """Adds a line to `events.jsonl`."""

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from launcher.lifetime import die_with_parent
 from launcher.outcome import Outcome
+from launcher.watchdog import collectives
 from launcher.work import OUTCOME_VARIABLE, STARTER_VARIABLE, Ranks, as_mistake
 from parallel.common.errors import UserError
 
@@ -101,6 +102,7 @@ def _device(ranks: Ranks) -> torch.device:
 
 
 def _join(ranks: Ranks, device: torch.device) -> None:
+    collectives.record()
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed asks for torchrun's name
     backend = "nccl" if device.type == "cuda" else "gloo"
     if ranks.world_size == 1:

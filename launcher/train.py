@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher import changes, deterministic
+from launcher.anomaly.judge import RollBack
+from launcher.anomaly.rollback import roll_back
 from launcher.assemble import Parts, assemble
 from launcher.config import RunConfig
 from launcher.meter import finite
@@ -23,6 +25,7 @@ from launcher.resume import begin
 from launcher.run_directory import Lock, Records, RunDirectory
 from launcher.runtime import in_ranks
 from launcher.verbs.train import TrainJob
+from launcher.watchdog.pulse import Pulse, watched
 from launcher.work import Ranks
 from model.size import parameter_count
 from parallel.checkpoint.agreement import agreed
@@ -38,7 +41,16 @@ logger = logging.getLogger(__name__)
 
 
 def train(parts: Parts, records: Records) -> None:
-    """Takes the steps that remain, or those until the ranks agree to stop."""
+    """Takes the steps that remain, or those until the ranks agree to stop; goes back where they agree on that."""
+    while True:
+        try:
+            return take_steps(parts, records)
+        except RollBack as asked:
+            roll_back(parts, records, asked)
+
+
+def take_steps(parts: Parts, records: Records) -> None:
+    """The loop."""
     parts.meter.begin(parts.progress)
     for step in parts.progress.remaining():
         batch = parts.meter.timed("data", parts.batches.next)
@@ -60,13 +72,13 @@ def train(parts: Parts, records: Records) -> None:
 
 
 def save(parts: Parts, result: StepResult, records: Records) -> None:
-    """Writes a checkpoint of this step, unless the step went wrong."""
+    """Writes a checkpoint of this step; a step that went wrong never comes here."""
     step = parts.progress.step
-    loss, _ = finite(result, step)
+    loss, _ = finite(result)
     parts.checkpoints.save(
         step,
         parts.participants,
-        metrics={"loss": loss, **parts.validation.at(step)},
+        metrics={**({} if loss is None else {"loss": loss}), **parts.validation.at(step)},
         committed=partial(records.saved, step=step),
     )
     parts.saving.saved()
@@ -78,24 +90,29 @@ def work(job: TrainJob) -> int:
     directory = RunDirectory(job.directory)
     lock = Lock(directory.lock)
     preempt = Preempt()
-    with preempt.listening(), closing(lock):
+    watching = watched(job.config.watchdog, directory.path, job.ranks)
+    with preempt.listening(), closing(lock), watching as pulse:
         return in_ranks(
-            lambda ranks: _attempt(job, directory, lock, ranks, preempt),
+            lambda ranks: _attempt(job, directory, lock, ranks, preempt, pulse),
             job.ranks,
             outcome=lambda attempt: directory.outcome if Lock.attempt(directory.lock) == attempt else None,
         )
 
 
-def _attempt(job: TrainJob, directory: RunDirectory, lock: Lock, ranks: Ranks, preempt: Preempt) -> Outcome:
+def _attempt(
+    job: TrainJob, directory: RunDirectory, lock: Lock, ranks: Ranks, preempt: Preempt, pulse: Pulse
+) -> Outcome:
+    pulse.met(ranks.attempt)
     with agreed(f"start {directory.path}"):
         if ranks.rank == 0:
             lock.take(ranks.attempt)
             changes.check(directory, job.config)
             directory.check_not_lost()
             claim(directory.checkpoints, ranks.attempt)
-    parts = assemble(job.config, directory, attempt=ranks.attempt, preempt=preempt)
-    origin = begin(parts, job.config)
     records = Records(directory, attempt=ranks.attempt, writes=ranks.rank == 0)
+    parts = assemble(job.config, directory, attempt=ranks.attempt, preempt=preempt, pulse=pulse, event=records.event)
+    origin = begin(parts, job.config)
+    pulse.follow(parts.progress)
     changed = changes.since_last_attempt(directory, job.config)
     changes.show(changed, directory)
     records.begin(
@@ -105,6 +122,7 @@ def _attempt(job: TrainJob, directory: RunDirectory, lock: Lock, ranks: Ranks, p
         origin=origin,
         changes=changed,
         versions=changes.versions(),
+        hosts=parts.hosts,
         code=changes.code_files(),
     )
     _introduce(job.config, parts, origin)

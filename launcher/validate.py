@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from data_pipeline.config import training_problems
 from data_pipeline.store import Store
+from launcher.anomaly.config import Policy
 from launcher.config import RunConfig, flatten, missing, to_dict
 from launcher.layout_rules import divisors, layout_problems, multiples, nearest
 from launcher.length_rules import length_problems
@@ -38,12 +39,14 @@ _POSITIVE = (
     "optimizer.schedule.decay_steps", "optimizer.muon.iterations", "optimizer.adafactor.min_scale",
     "optimizer.adafactor.clip", "checkpoint.every_steps", "checkpoint.every_seconds", "checkpoint.keep",
     "checkpoint.keep_every_steps", "evaluate.every_steps", "evaluate.batches",
+    "watchdog.limit_seconds", "watchdog.long_limit_seconds", "watchdog.straggler_steps", "watchdog.straggler_share",
+    "watchdog.tries", "anomaly.window_steps", "anomaly.deviations", "anomaly.replicas_every_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "run.seed", "train.z_loss", "model.moe.experts", "model.moe.first_layer", "model.moe.load_balance_loss",
     "model.moe.z_loss", "model.moe.bias_loss",
     "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.schedule.warmup_steps",
-    "optimizer.schedule.min_learning_rate", "checkpoint.keep_best",
+    "optimizer.schedule.min_learning_rate", "checkpoint.keep_best", "anomaly.tries",
 )  # fmt: skip
 
 
@@ -100,6 +103,12 @@ def _run(config: RunConfig) -> Iterator[Problem]:
     if best.keep_best and best.best_by is BestMetric.validation_loss and config.evaluate.every_steps is None:
         legal = "0 without evaluate.every_steps, for nothing is measured; or checkpoint.best_by=loss"
         yield Problem(key="checkpoint.keep_best", got=best.keep_best, legal=legal)
+    if config.anomaly.not_finite is Policy.tell:
+        yield Problem(key="anomaly.not_finite", got="tell", legal="skip, rollback or stop: NaN would stay for ever")
+    for name in ("not_finite", "loss_spike", "gradient_spike"):
+        if config.train.batch_size_ramp and getattr(config.anomaly, name) is Policy.rollback:
+            legal = "another policy with train.batch_size_ramp, whose sizes follow from the place in the data"
+            yield Problem(key=f"anomaly.{name}", got="rollback", legal=legal)
     if config.checkpoint.mirror is not None:
         try:
             place(config.checkpoint.mirror)

@@ -64,7 +64,7 @@ class StepResult:
     """[] before clipping; zero in an evaluation."""
     learning_rate: float
     skipped: bool = False
-    """Whether no weight changed because fp16 gradients overflowed: the next step has a smaller loss scale."""
+    """Whether no weight changed: fp16 gradients overflowed (the next step has a smaller scale), or it was refused."""
     seconds: Mapping[str, float]
     """Host seconds by phase: `forward_backward`, `communication`, `optimizer`."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
@@ -134,6 +134,10 @@ class Engine:
     ) -> None:
         self.topology = topology
         self.schedule = schedule
+        self.pulse: Callable[[str], None] = lambda _phase: None
+        """Told which phase of a step begins: forward_backward, collective, optimizer."""
+        self.accepts: Callable[[Tensor, Tensor], bool] = lambda _loss, _norm: True
+        """Asked before each update, with the step's loss and gradient norm; says no on all ranks or on none."""
         self._objective = objective
         self._micro_batch_size = micro_batch_size
         several = topology.config.pipeline > 1
@@ -167,18 +171,22 @@ class Engine:
     def step(self, batch: Batch) -> StepResult:
         """One update from this slice's batch, a whole number of micro-batches: tensors [batch, ...] on the CPU."""
         accumulated = self.accumulate(batch)
+        self.pulse("optimizer")
         started = time.perf_counter()
         rate = self.schedule.learning_rate(self.schedule.steps_taken + 1)
-        norm = self.updater.step(rate)
+        norm = self.updater.step(rate, partial(self.accepts, accumulated.loss))
         self.schedule.steps_taken += 1
         if self.average is not None:
             self.average.update(self.schedule.steps_taken)
         seconds = {**accumulated.seconds, "optimizer": time.perf_counter() - started}
         skipped = self.updater.loss_scale.skipped
+        if skipped:
+            self.updater.follow()  # what spoilt the step may have been one rank's copy of a weight
         return replace(accumulated, grad_norm=norm, learning_rate=rate, skipped=skipped, seconds=seconds)
 
     def accumulate(self, batch: Batch) -> StepResult:
         """All of a step but its update: afterwards `updater.gradient` answers. Norm and learning rate are zero."""
+        self.pulse("forward_backward")
         started = time.perf_counter()
         batch = self.topology.context.cut(batch)
         weight = self._weight(batch)
@@ -186,6 +194,7 @@ class Engine:
         with self.updater.accumulation():
             sums = self._run(batch, self._weight_sums(batch, weight), forward_only=False)
             ran = time.perf_counter()
+            self.pulse("collective")
         reduced = time.perf_counter()
         found = self._result(sums, weight)
         seconds = {"forward_backward": ran - started, "communication": reduced - ran}

@@ -6,7 +6,10 @@ row without an overflow the scale doubles. At the smallest scale an overflow is 
 is reported like any other whose gradients are not finite, which ends the run.
 """
 
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 _FIRST, _SMALLEST, _LARGEST = 2.0**16, 1.0, 2.0**24
 _STEPS_TO_GROW = 1000
@@ -18,7 +21,7 @@ class LossScale:
 
     Attributes:
         value: what the next backward passes are multiplied by.
-        skipped: whether the last step was not taken because the scale was too large.
+        skipped: whether the last step was not taken because the scale was too large, or because it was refused.
         steps_not_taken: how many steps of the run changed no weight, for whatever reason.
     """
 
@@ -40,6 +43,27 @@ class LossScale:
             self.value = max(_SMALLEST, self.value / 2)
         elif self._good_steps % _STEPS_TO_GROW == 0:
             self.value = min(_LARGEST, self.value * 2)
+
+    def accepts(self, norm: Tensor, accepts: Callable[[Tensor], bool]) -> bool:
+        """Whether a step with this gradient norm [] is taken: no overflow, and `accepts` has nothing against it.
+
+        At the smallest scale an overflow is for `accepts` to judge; whatever it says, that step is not taken.
+        """
+        overflowed = self.dynamic and not norm.isfinite()
+        self.update(overflowed=overflowed)
+        if overflowed:
+            if not self.skipped:
+                accepts(norm)
+            return False
+        if not accepts(norm):
+            self.refuse()
+            return False
+        return True
+
+    def refuse(self) -> None:
+        """Learns that a step was not taken for a reason that is not the scale's; the same on all ranks."""
+        self.steps_not_taken += 1
+        self.skipped = True
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same bits; JSON."""

@@ -21,7 +21,7 @@ from parallel.loss_scale import LossScale
 from parallel.parameters import Fragment, LocalParameter
 from parallel.rules import Setting, setting
 from parallel.topology import Topology
-from parallel.updater import EXPERTS, MOMENTS, Kind, add_into, add_squares, reduce_tied
+from parallel.updater import EXPERTS, MOMENTS, Accepts, Kind, add_into, add_squares, always, reduce_tied
 
 
 def adamw(
@@ -123,13 +123,10 @@ class PlainUpdater:
         return squares.sqrt()
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> Tensor:
+    def step(self, learning_rate: float, accepts: Accepts = always) -> Tensor:
         norm = self.norm()
-        if self.loss_scale.dynamic:
-            overflowed = not norm.isfinite()
-            self.loss_scale.update(overflowed=overflowed)
-            if overflowed:
-                return norm
+        if not self.loss_scale.accepts(norm, accepts):
+            return norm
         if self.clip_norm > 0:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             for gradient in self.gradients:

@@ -41,6 +41,15 @@ EXPERTS = "experts"
 """Name of the parameter groups of experts, which ZeRO shards over fewer ranks than the others."""
 
 
+Accepts = Callable[[Tensor], bool]
+"""Whether the update of a gradient with this norm [] may be made."""
+
+
+def always(_norm: Tensor) -> bool:
+    """Accepts every update."""
+    return True
+
+
 class Updater(Protocol):
     """How gradients become a step."""
 
@@ -61,10 +70,11 @@ class Updater(Protocol):
         """Encloses the passes after which more follow in the same step."""
         ...
 
-    def step(self, learning_rate: float) -> Tensor:
+    def step(self, learning_rate: float, accepts: Accepts = always) -> Tensor:
         """Clips, updates, clears the gradients; returns the global gradient norm [] before clipping.
 
-        Gradients that overflowed under a dynamic `loss_scale` change nothing; then the norm is not finite.
+        Gradients that overflowed under a dynamic `loss_scale` change nothing; then the norm is not finite. Nor do those
+        whose norm `accepts` refuses, on all ranks alike; it is not asked where a smaller scale will help.
         """
         ...
 

@@ -32,7 +32,7 @@ from parallel.optimizer import set_learning_rate
 from parallel.parameters import LocalParameter
 from parallel.rules import RULES, setting
 from parallel.topology import Topology
-from parallel.updater import Kind, add_into, add_squares, reduce_tied
+from parallel.updater import Accepts, Kind, add_into, add_squares, always, reduce_tied
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,13 +180,10 @@ class WholeUpdater:
         return squares.sqrt()
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> Tensor:
+    def step(self, learning_rate: float, accepts: Accepts = always) -> Tensor:
         norm = self.norm()
-        if self.loss_scale.dynamic:
-            overflowed = not norm.isfinite()
-            self.loss_scale.update(overflowed=overflowed)
-            if overflowed:
-                return norm
+        if not self.loss_scale.accepts(norm, accepts):
+            return norm
         factor = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0) if self.config.clip_norm > 0 else None
         for number, (place, gradient) in enumerate(zip(self.places, self.gradients, strict=True)):
             if not place.on_data_owner:

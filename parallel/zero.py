@@ -51,7 +51,7 @@ from parallel.memory import bucket_elements
 from parallel.optimizer import adamw, create_state, set_learning_rate, set_steps
 from parallel.parameters import Fragment, LocalParameter
 from parallel.topology import Topology
-from parallel.updater import EXPERTS, MOMENTS, Kind, add_squares, reduce_tied
+from parallel.updater import EXPERTS, MOMENTS, Accepts, Kind, add_squares, always, reduce_tied
 
 
 class _ModelParallelUnit:
@@ -178,6 +178,10 @@ class ZeroUpdater:
         if self.mechanism.stage < 3:
             self._local = {local.parameter: local for local in parameters}
             self._zero.scaled_global_norm = self._norm
+        else:
+            self._zero._get_norm_groups = self._judged_groups
+        self._accepts: Accepts = always
+        self._refused_norm: Tensor | None = None
         self._create_state()
         module.register_forward_hook(self._reset_at_backward)
 
@@ -240,15 +244,38 @@ class ZeroUpdater:
     def all_but_last_micro_batch(self) -> AbstractContextManager[None]:
         return self._boundary_at_the_end() if self._in_backward else nullcontext()
 
-    def step(self, learning_rate: float) -> Tensor:
+    def step(self, learning_rate: float, accepts: Accepts = always) -> Tensor:
         set_learning_rate(self._zero.optimizer, learning_rate)
+        self._accepts, self._refused_norm = accepts, None
         if self.loss_scale.dynamic or self.mechanism.stage == 3:
             self._zero.override_loss_scale(self._kept_scale())
         self._engine.step()
+        self._zero.check_grad_overflow = False
         if self._zero.overflow:
             self._zero.averaged_gradients.clear()  # left standing with offload, infinities and all
+        if self._refused_norm is not None:
+            self.loss_scale.refuse()
+            return self._refused_norm
+        norm = torch.as_tensor(self._zero._global_grad_norm)
         self.loss_scale.update(overflowed=self._zero.overflow)
-        return torch.as_tensor(self._zero._global_grad_norm)
+        if self._zero.overflow and not self.loss_scale.skipped:
+            accepts(norm)
+        return norm
+
+    def _judged(self, norm: Tensor) -> Tensor:
+        """The norm as DeepSpeed is to see it: infinite where the step is refused, because it then takes none."""
+        if self._accepts(norm / self._kept_scale()):
+            return norm
+        self._refused_norm = norm / self._kept_scale()
+        self._zero.check_grad_overflow = True  # else bf16 would not mind
+        return torch.full_like(norm, torch.inf)
+
+    def _judged_groups(self) -> list[Tensor]:
+        """The norms of stage 3's groups of parameters, judged together."""
+        groups = [torch.as_tensor(norm) for norm in type(self._zero)._get_norm_groups(self._zero)]
+        norms = torch.stack([norm.float() for norm in groups])
+        norm = torch.linalg.vector_norm(norms.where(norms >= 0, torch.nan))  # -1 is DeepSpeed's word for not finite
+        return groups if self._judged(norm).isfinite() else [torch.full_like(norm, torch.inf)]
 
     def _norm(self) -> Tensor:
         """The global norm [] of the gradients as DeepSpeed keeps them, stages 1 and 2.
@@ -263,7 +290,7 @@ class ZeroUpdater:
             add_squares(squares, zip(map(self._local.__getitem__, members), parts, strict=False), self.topology)
         dist.all_reduce(squares, group=self.topology.data_parallel_group)
         dist.all_reduce(squares, group=self.topology.model_parallel_group)
-        return squares.sqrt().to(zero.device)
+        return self._judged(squares.sqrt().to(zero.device))
 
     def gradient(self, local: LocalParameter) -> Tensor:
         gradient = safe_get_full_grad(local.parameter)

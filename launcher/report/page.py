@@ -107,7 +107,7 @@ def _summary(run: RunDirectory, records: Sequence[Mapping[str, Any]]) -> str:
         figures = [
             ("steps", f"{last['step']:,}"),
             ("tokens seen", format_count(last["tokens"])),
-            ("training loss", f"{last['loss']:.3f}"),
+            ("training loss", "not finite" if last["loss"] is None else f"{last['loss']:.3f}"),
             ("tokens per second", format_count(last["tokens_per_second"])),
             ("memory of a rank", format_bytes(last["memory_bytes"])),
         ]

@@ -1,0 +1,20 @@
+"""When a rank counts as hung, as slow, and a run as one that crashes again and again. Imports without torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchdogConfig:
+    """What is watched while the run goes on. A collective operation gives up after 600 s by itself: stay below it."""
+
+    limit_seconds: float | None = 300.0
+    """A rank that stays so long in one phase of a step hangs: stacks are dumped, the culprit is named, the job ends to
+    be requeued. null watches nothing, for a debugger."""
+    long_limit_seconds: float = 540.0
+    """The same for what is long by nature: the start, the first step of an attempt, a save, an evaluation."""
+    straggler_steps: int = 50
+    """Steps between two looks at who waits for whom."""
+    straggler_share: float = 0.1
+    """A rank for which all others wait this share of the time is named; the run goes on."""
+    tries: int = 3
+    """Attempts that fail one after the other from the same checkpoint with nothing changed; the next one is refused."""
