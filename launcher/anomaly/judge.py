@@ -24,6 +24,7 @@ from torch.distributed import ProcessGroup
 
 from launcher.anomaly.config import AnomalyConfig, Policy
 from launcher.watchdog.pulse import Steps
+from parallel.common.stateful import Dispensable
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class RollBack(Exception):
     """The run goes back to its newest checkpoint; raised on all ranks."""
 
 
-class Judge:
+class Judge(Dispensable):
     """The engine asks it before each update; the ranks' agreement after the step asks it whether the run goes on."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""When a rank counts as hung, as slow, and a run as one that crashes again and again. Imports without torch."""
+"""When a rank counts as hung, and as slow. Imports without torch."""
 
 from dataclasses import dataclass
 
@@ -16,5 +16,3 @@ class WatchdogConfig:
     """Steps between two looks at who waits for whom."""
     straggler_share: float = 0.1
     """A rank for which all others wait this share of the time is named; the run goes on."""
-    tries: int = 3
-    """Attempts that fail one after the other from the same checkpoint with nothing changed; the next one is refused."""

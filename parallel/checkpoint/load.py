@@ -19,7 +19,7 @@ from parallel.checkpoint.integrity import check_files
 from parallel.checkpoint.manifest import STATE, TENSORS, DamagedCheckpoint, Manifest
 from parallel.checkpoint.shards import read_shards
 from parallel.common.errors import UserError
-from parallel.common.stateful import Stateful
+from parallel.common.stateful import Dispensable, Stateful
 
 
 def load(path: Path, participants: Mapping[str, Stateful], group: ProcessGroup | None = None) -> Manifest:
@@ -27,7 +27,7 @@ def load(path: Path, participants: Mapping[str, Stateful], group: ProcessGroup |
 
     A participant with tensors is asked for its `state_dict()` first: its sharded tensors say which part of which
     global tensor this rank wants, in any layout. A participant that refuses its JSON state must do so on all ranks.
-    Participants of the checkpoint that are not asked for are passed over.
+    Participants of the checkpoint that are not asked for are passed over, and so are `Dispensable` ones that it lacks.
 
     Raises:
         DamagedCheckpoint: on all ranks; a file is not what was written.
@@ -38,6 +38,11 @@ def load(path: Path, participants: Mapping[str, Stateful], group: ProcessGroup |
     with agreed(doing, group):
         manifest = Manifest.read(path)
         check_files(path, manifest, share=dist.get_rank(), shares=dist.get_world_size())
+        participants = {
+            name: participant
+            for name, participant in participants.items()
+            if name in manifest.participants or not isinstance(participant, Dispensable)
+        }
         states = _json_states(path, manifest, participants)
     # Outside `agreed`: a participant may gather its state over ranks, and scatter it.
     templates = {

@@ -13,3 +13,7 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Dispensable:
+    """Marks a Stateful that came later than the format: where a checkpoint holds no state of it, it keeps its own."""

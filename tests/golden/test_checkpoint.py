@@ -25,6 +25,7 @@ from parallel.checkpoint.load import load
 from parallel.checkpoint.manifest import FORMAT, STATE, Manifest
 from parallel.checkpoint.retention import Retention
 from parallel.checkpoint.stream import StoredTensors
+from parallel.common.stateful import Dispensable
 from tests.distributed.layouts import tiny
 
 GOLDEN = Path(__file__).with_name("checkpoint-v1")
@@ -32,6 +33,16 @@ STEP = GOLDEN / "step-00000003"
 KNOWN = GOLDEN / "known.json"
 
 pytestmark = [pytest.mark.distributed, pytest.mark.truth]
+
+
+class Later(Dispensable):
+    """A participant that was not there when the checkpoint was written."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError(f"the checkpoint has no state of it, and it was given {state}")
 
 
 class Place:
@@ -89,7 +100,7 @@ def test_it_is_whole_and_has_what_is_known() -> None:
 
 def _loaded(wanted: Case) -> tuple[list[tuple[Any, Any]], dict[str, Any], Any]:
     engine, place = engine_of(wanted), Place()
-    load(STEP, {**engine.participants(), "place": place})
+    load(STEP, {**engine.participants(), "place": place, "later": Later()})
     participants = engine.participants()
     pieces = [
         (piece, piece.data.numpy().copy())
