@@ -126,7 +126,7 @@ def assemble(
         saving=saving,
         checkpoints=checkpoints,
         participants={**engine.participants(), "loader": loader, "progress": progress, "judge": judge},
-        meter=_meter(config, rows, topology, pulse),
+        meter=_meter(config, rows, topology, pulse, loader),
         display=display,
         tracker=_tracker(config, directory, fence, display, rank=topology.rank),
     )
@@ -139,7 +139,7 @@ def _check_patterns(config: RunConfig, engine: Engine) -> None:
         check_patterns(sorted({name for each in names for name in each}), config.optimizer)
 
 
-def _meter(config: RunConfig, rows: int, topology: Topology, pulse: Pulse) -> Meter:
+def _meter(config: RunConfig, rows: int, topology: Topology, pulse: Pulse, loader: Loader) -> Meter:
     return Meter(
         model=config.model,
         vocabulary_size=rows,
@@ -147,6 +147,7 @@ def _meter(config: RunConfig, rows: int, topology: Topology, pulse: Pulse) -> Me
         topology=topology,
         dtype=model_dtype(config.precision),
         pulse=pulse,
+        ledger=lambda: loader.ledger,
     )
 
 

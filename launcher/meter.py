@@ -48,7 +48,9 @@ class Meter:
         topology: Topology,
         dtype: torch.dtype,
         pulse: Callable[[str], None],
+        ledger: Callable[[], dict[str, int]],
     ) -> None:
+        """`ledger` gives the tokens of each source so far."""
         peak = _peak_flops(topology.device, dtype)
         self._flops_share = {
             name: flops_per_token(model, vocabulary_size, sequence_length, causal=causal) / (peak * topology.world_size)
@@ -58,6 +60,7 @@ class Meter:
         }
         self._topology = topology
         self._pulse = pulse
+        self._ledger = ledger
         self._seconds: dict[str, float] = defaultdict(float)
         self._started = time.perf_counter()
         self._tokens = 0
@@ -92,6 +95,7 @@ class Meter:
             "loss": loss,
             "tokens": progress.tokens,
             "samples": progress.samples,
+            "tokens_by_source": self._ledger(),
             "learning_rate": result.learning_rate,
             "grad_norm": grad_norm,
             "skipped_steps": self._skipped_steps,
