@@ -20,6 +20,7 @@ import torch.distributed as dist
 import transformers
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer.optimizer import FP32Optimizer
@@ -325,6 +326,8 @@ def save_with_megatron(path: Path, arguments: argparse.Namespace, layout: dict[s
             path.mkdir(parents=True)
         dist.barrier()
         dist_checkpointing.save(state, str(path))
+        # A rank of ours ends without Python's own ending, which would have stopped the writer's manager process.
+        filesystem_async.get_write_results_queue()._manager.shutdown()  # type: ignore[attr-defined]
         length = TOKENS.shape[1]
         causal = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
         with torch.no_grad():
