@@ -13,7 +13,7 @@ because they restart at each document, so they differ from row to row.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -31,29 +31,23 @@ from model.rope import rotate, score_scale
 from parallel.context import ContextParallel
 
 
-def find_pieces(
-    document_ids: Tensor, chunks: Sequence[tuple[int, int]], *, prefix: Tensor | None = None, causal: bool = True
-) -> Pieces | None:
+def find_pieces(document_ids: Tensor, chunks: Sequence[tuple[int, int]], *, causal: bool = True) -> Pieces | None:
     """The pieces of [batch, sequence] ids on the CPU for the ranges of a row that a rank holds; None where each row is
     one document and one piece.
 
     Args:
         document_ids: rise within a row.
         chunks: half-open ranges of a row.
-        prefix: [batch, sequence] bool, the beginning of each document that all of it sees; None: nothing.
-        causal: a token sees those before it, and a prefix; otherwise all of its document.
+        causal: a token sees those before it; otherwise all of its document.
     """
     batch, sequence = document_ids.shape
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     borders = starts.flatten().nonzero().flatten().tolist()
-    if len(borders) == batch and len(chunks) == 1 and prefix is None:
+    if len(borders) == batch and len(chunks) == 1:
         return None
     ends = [*borders[1:], batch * sequence]
     documents = [end - start for start, end in zip(borders, ends, strict=True)]
-    shared = documents if not causal else [0] * len(documents)
-    if prefix is not None:
-        shared = [int(part.sum()) for part in prefix.flatten().split(documents)]
     queries: list[Piece] = []
     for row in range(batch):
         for first, last in chunks:
@@ -61,7 +55,8 @@ def find_pieces(
             index = bisect_right(borders, low) - 1
             while low < high:
                 stop = min(high, ends[index])
-                queries += _pieces(index, low - borders[index], stop - borders[index], shared[index])
+                seen = stop - borders[index] if causal else documents[index]
+                queries.append(Piece(stop - low, index, low - borders[index], seen, causal))
                 low, index = stop, index + 1
     return Pieces(documents=documents, queries=queries)
 
@@ -82,16 +77,6 @@ def find_crossings(document_ids: Tensor, key_document_ids: Tensor, chunks: Seque
             for number, length in zip(own.tolist(), counts.tolist(), strict=True):
                 queries.append(Piece(length, places[number], 0, documents[places[number]], False))
     return Pieces(documents=documents, queries=queries)
-
-
-def _pieces(document: int, first: int, stop: int, shared: int) -> Iterator[Piece]:
-    """The queries `first` to `stop` - 1 of a document whose first `shared` tokens are seen by all of it."""
-    if first < shared:
-        stop_shared = min(stop, shared)
-        yield Piece(stop_shared - first, document, first, shared, False)
-        first = stop_shared
-    if first < stop:
-        yield Piece(stop - first, document, first, stop, True)
 
 
 class DocumentAttention(MegatronModule):

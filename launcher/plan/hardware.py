@@ -48,8 +48,6 @@ class Hardware:
     dollars_per_hour: float
     """For one accelerator."""
     efficiency: Efficiency
-    matches: tuple[str, ...] = ()
-    """Parts of the names under which torch knows it."""
 
     def peak(self, precision: str) -> float:
         """Operations a second in a precision.
@@ -86,21 +84,12 @@ def load(name: str) -> Hardware:
     return _made(Hardware, read, f"{path}")
 
 
-def known_as(device: str) -> Hardware | None:
-    """The machine that torch knows by this name, if its file is there."""
-    for name in names():
-        hardware = load(name)
-        if any(part in device for part in hardware.matches):
-            return hardware
-    return None
-
-
 def _made(kind: Any, read: Any, where: str) -> Any:
     expected = {field.name: field for field in fields(kind)}
     if not isinstance(read, dict):
         raise UserError(f"{where}: expected the keys {', '.join(expected)}.")
     unknown = sorted(set(map(str, read)) - set(expected))
-    missing = [name for name in expected if name not in read and name != "matches"]
+    missing = [name for name in expected if name not in read]
     if unknown or missing:
         said = f"the key {unknown[0]} does not exist" if unknown else f"{missing[0]} is missing"
         raise UserError(f"{where}: {said}: expected the keys {', '.join(expected)}.")
