@@ -9,7 +9,9 @@ turn's ratio. Every write is flushed to the disk (fsync) and followed by the rem
 
 save        ours: hashes, manifest, flushes and commit included; torch.save of one dictionary; the same bytes in writes
             of 16 MiB
-stall       of an asynchronous save: until training may go on; as a share of a synchronous save
+stall       of an asynchronous save: what training waits for when it begins, and once more before the next update, after
+            the forward and backward passes of one micro-batch; as a share of a synchronous save. What those passes lose
+            to the copy and to the writing beside them is shown apart: passes beside a save over passes alone
 memory      the highest resident size during it over that before
 """
 
@@ -47,6 +49,17 @@ from parallel.topology import Topology
 HIDDEN, VOCABULARY, SEQUENCE = 512, 8192, 64
 MEGABYTE = 1e6
 CHUNK_BYTES = 1 << 24
+
+
+TOKENS = torch.arange(SEQUENCE)[None]
+BATCH = {
+    "tokens": TOKENS,
+    "labels": TOKENS,
+    "loss_weights": torch.ones(1, SEQUENCE),
+    "positions": TOKENS,
+    "document_ids": torch.zeros(1, SEQUENCE, dtype=torch.int32),
+    "sample_ids": torch.zeros(1, dtype=torch.int64),
+}
 
 
 def make_engine(megabytes: float) -> Engine:
@@ -118,7 +131,8 @@ class Bench:
 
     def __init__(self, directory: Path, megabytes: float) -> None:
         self.directory = directory
-        self.participants: dict[str, Stateful] = make_engine(megabytes).participants()
+        self.engine = make_engine(megabytes)
+        self.participants: dict[str, Stateful] = self.engine.participants()
         states = [self.participants[name].state_dict() for name in ("model", "optimizer")]
         self.tensors = {key: shard.data for state in states for key, shard in state.items()}
         self.bytes = sum(tensor.nbytes for tensor in self.tensors.values())
@@ -171,9 +185,17 @@ class Bench:
         """As a run does it."""
         self.waiting.save(self.step, self.participants)
 
-    def save_beside(self) -> None:
-        """Until training may go on."""
-        self.beside.save(self.step, self.participants)
+    def save_beside(self) -> tuple[Spent, Spent]:
+        """What training waits for, and the passes of a micro-batch meanwhile."""
+        begun = spent(lambda: self.beside.save(self.step, self.participants))
+        passes = spent(lambda: self.engine.accumulate(BATCH))
+        before_update = spent(self.beside.copied)
+        self.beside.wait()
+        waited = Spent(
+            seconds=begun.seconds + before_update.seconds,
+            memory_bytes=begun.memory_bytes + before_update.memory_bytes,
+        )
+        return waited, passes
 
     def load(self) -> None:
         """As a run does it: every file verified, then into the engine's memory."""
@@ -191,8 +213,8 @@ class Bench:
         writes = [("raw write", self.raw), ("ours", self.save), ("torch.save", self.torch_save)]
         for name, work in writes[self.step % 3 :] + writes[: self.step % 3]:
             found[name] = spent(work)
-        found["stall"] = spent(self.save_beside)
-        self.beside.wait()
+        found["passes alone"] = spent(lambda: self.engine.accumulate(BATCH))
+        found["stall"], found["passes beside a save"] = self.save_beside()
         reads = (
             ("raw read", self.raw_read, self.directory / f"raw-{self.step}"),
             ("torch.load", self.torch_load, self.directory / f"torch-{self.step}"),
@@ -244,6 +266,7 @@ def show(bench: Bench, turns: list[dict[str, Spent]]) -> dict[str, Any]:
         "our save at ... of the raw write's speed": ratio("raw write", "ours"),
         "torch.save at ... of the raw write's speed": ratio("raw write", "torch.save"),
         "stall of an asynchronous save over a synchronous one": ratio("stall", "ours"),
+        "passes beside an asynchronous save over passes alone": ratio("passes beside a save", "passes alone"),
         "our load at ... of torch.load's speed, cold": ratio("torch.load, cold", "our load, cold"),
         "our load at ... of torch.load's speed, warm": ratio("torch.load, warm", "our load, warm"),
     }

@@ -1,6 +1,6 @@
 """A model larger than the memory that a conversion may have: imported and exported again, the same bits.
 
-    python benchmarks/large_model.py [--layers 40] [--limit-gigabytes 2.5] [--directory DIR] [--json FILE]
+    python benchmarks/large_model.py [--layers 40] [--limit-gigabytes 1.5] [--directory DIR] [--json FILE]
 
 Writes a Llama with random bf16 weights (the width of TinyLlama; 40 layers are 1.9 G parameters, 7.7 GB as our float32)
 as Hugging Face's safetensors, then runs `bloomery checkpoint import` and `export` on it as a user does, each under a
@@ -113,7 +113,7 @@ def main() -> int:
     """Exit code 1 where a tensor differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=40)
-    parser.add_argument("--limit-gigabytes", type=float, default=2.5, help="private memory of each conversion")
+    parser.add_argument("--limit-gigabytes", type=float, default=1.5, help="private memory of each conversion")
     parser.add_argument("--directory", type=Path, help="where there is room for four times the bf16 model")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
@@ -128,8 +128,7 @@ def main() -> int:
         figures = {"bytes": size, "limit_bytes": limit, "imports_bytes": idle}
         for word, words in (
             ("import", ["import", str(theirs), "--output", str(ours), "--no-check"]),
-            ("export", ["export", str(ours), "--output", str(back), "--dtype", "bfloat16", "--shard-gigabytes", "0.5",
-                        "--no-check"]),
+            ("export", ["export", str(ours), "--output", str(back), "--dtype", "bfloat16", "--no-check"]),
         ):  # fmt: skip
             seconds, highest = run([*bloomery, *words], limit)
             figures[word] = {"seconds": seconds, "private_bytes": highest}

@@ -108,7 +108,7 @@ def assemble(
     hosts = exchange(socket.gethostname())
     several = _hosts() if topology.world_size > 1 else None
     judge = Judge(config.anomaly, progress=progress, group=several, event=event)
-    engine.pulse, engine.accepts = pulse, judge.accepts
+    engine.pulse, engine.accepts, engine.before_update = pulse, judge.accepts, checkpoints.copied
     watching = {"progress": progress, "hosts": hosts, "event": event}
     preempt.join(several, [saving, checkpoints, judge, *_watchers(config, engine, several, **watching)], pulse=pulse)
     return Parts(

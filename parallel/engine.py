@@ -66,7 +66,7 @@ class StepResult:
     skipped: bool = False
     """Whether no weight changed: fp16 gradients overflowed (the next step has a smaller scale), or it was refused."""
     seconds: Mapping[str, float]
-    """Host seconds by phase: `forward_backward`, `communication`, `optimizer`."""
+    """Host seconds by phase: `forward_backward`, `communication`, `optimizer`, and `save`, before the update."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """What the model reports of a training step beside its loss (of its routers, for one), each []."""
     reported: Mapping[str, Tensor] = field(default_factory=dict)
@@ -135,9 +135,11 @@ class Engine:
         self.topology = topology
         self.schedule = schedule
         self.pulse: Callable[[str], None] = lambda _phase: None
-        """Told which phase of a step begins: forward_backward, collective, optimizer."""
+        """Told which phase of a step begins: forward_backward, collective, save, optimizer."""
         self.accepts: Callable[[Tensor, Tensor], bool] = lambda _loss, _norm: True
         """Asked before each update, with the step's loss and gradient norm; says no on all ranks or on none."""
+        self.before_update: Callable[[], None] = lambda: None
+        """Returns when weights and moments may change."""
         self._objective = objective
         self._micro_batch_size = micro_batch_size
         several = topology.config.pipeline > 1
@@ -171,6 +173,9 @@ class Engine:
     def step(self, batch: Batch) -> StepResult:
         """One update from this slice's batch, a whole number of micro-batches: tensors [batch, ...] on the CPU."""
         accumulated = self.accumulate(batch)
+        self.pulse("save")
+        ran = time.perf_counter()
+        self.before_update()
         self.pulse("optimizer")
         started = time.perf_counter()
         rate = self.schedule.learning_rate(self.schedule.steps_taken + 1)
@@ -178,7 +183,7 @@ class Engine:
         self.schedule.steps_taken += 1
         if self.average is not None:
             self.average.update(self.schedule.steps_taken)
-        seconds = {**accumulated.seconds, "optimizer": time.perf_counter() - started}
+        seconds = {**accumulated.seconds, "save": started - ran, "optimizer": time.perf_counter() - started}
         skipped = self.updater.loss_scale.skipped
         if skipped:
             self.updater.follow()  # what spoilt the step may have been one rank's copy of a weight

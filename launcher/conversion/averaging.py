@@ -15,6 +15,7 @@ from torch import Tensor
 
 from launcher import config as configuration
 from launcher.conversion.export import WEIGHT
+from launcher.conversion.memory import return_large_blocks
 from launcher.conversion.step import write_weights
 from launcher.outcome import Outcome
 from launcher.run_directory import RunDirectory
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 def work(job: AverageJob) -> int:
     """Writes the run; returns the exit code."""
+    return_large_blocks()
     return in_ranks(lambda ranks: _averaged(job, ranks), job.ranks)
 
 

@@ -1,11 +1,10 @@
 """A checkpoint's weights as safetensors: what `transformers` reads, written tensor by tensor.
 
-Which tensor goes into which file is planned from shapes alone; then one file's tensors at a time are read, split,
-rounded and written, so that a model larger than memory converts. Everything is written beside the output, which
-appears by one rename, after the logits were compared.
+Which tensor goes into which file is planned from shapes alone; then one tensor at a time is read, split, rounded and
+written, so that a model larger than memory converts, whatever the size of the files. Everything is written beside the
+output, which appears by one rename, after the logits were compared.
 """
 
-import gc
 import json
 import logging
 import shutil
@@ -15,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
 from launcher.config import RunConfig
 from launcher.conversion.check import compare_logits, missing_transformers, pretrained
+from launcher.conversion.memory import return_large_blocks
+from launcher.conversion.tensor_file import write_tensor_file
 from launcher.outcome import Outcome
 from launcher.runtime import in_ranks
 from launcher.verbs.conversion import ExportJob
@@ -68,11 +68,17 @@ class _File:
     """One file of tensors, planned."""
 
     pairs: list[Pair]
-    bytes: int
+    described: dict[str, Tensor]
+    """What it will hold, by their names, on the meta device."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.described.values())
 
 
 def work(job: ExportJob) -> int:
     """Writes the directory; returns the exit code."""
+    return_large_blocks()
     return in_ranks(lambda ranks: _exported(job, ranks), job.ranks)
 
 
@@ -125,11 +131,13 @@ def _plan(pairs: list[Pair], tensors: Weights, dtype: torch.dtype, limit: int) -
     files: list[_File] = []
     for pair in pairs:
         shape = torch.empty(tensors.shapes[pair.ours], dtype=dtype, device="meta")
-        size = sum(part.nbytes for part in pair.split(shape))
+        described = dict(zip(pair.theirs, pair.split(shape), strict=True))
+        size = sum(part.nbytes for part in described.values())
         if files and files[-1].bytes + size <= limit:
-            files[-1] = _File(pairs=[*files[-1].pairs, pair], bytes=files[-1].bytes + size)
+            last = files[-1]
+            files[-1] = _File(pairs=[*last.pairs, pair], described={**last.described, **described})
         else:
-            files.append(_File(pairs=[pair], bytes=size))
+            files.append(_File(pairs=[pair], described=described))
     return files
 
 
@@ -139,10 +147,8 @@ def _write_tensors(directory: Path, plan: list[_File], tensors: Weights, dtype: 
     total = sum(file.bytes for file in plan)
     for number, file in enumerate(plan, start=1):
         name = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        content = dict(_theirs(file.pairs, tensors, dtype))
-        save_file(content, directory / name, metadata={"format": "pt"})
-        gc.collect()  # torch.load leaves what it read in cyclic garbage
-        places |= dict.fromkeys(content, name)
+        write_tensor_file(directory / name, file.described, _theirs(file.pairs, tensors, dtype))
+        places |= dict.fromkeys(file.described, name)
         logger.info("  %s  %s (%d of %d)", name, format_bytes(file.bytes), number, len(plan))
     if len(plan) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
@@ -154,7 +160,7 @@ def _theirs(pairs: list[Pair], tensors: Weights, dtype: torch.dtype) -> Iterator
     for pair in pairs:
         parts = pair.split(tensors.read(pair.ours))
         for name, part in zip(pair.theirs, parts, strict=True):
-            yield name, part.to(dtype).contiguous().clone()
+            yield name, part.to(dtype)
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:

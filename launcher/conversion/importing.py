@@ -19,6 +19,7 @@ from launcher.config import RunConfig
 from launcher.conversion.check import compare_logits, missing_transformers
 from launcher.conversion.hugging_face import open_deepspeed, open_hugging_face
 from launcher.conversion.megatron import open_megatron
+from launcher.conversion.memory import return_large_blocks
 from launcher.conversion.sources import Foreign
 from launcher.conversion.step import write_step
 from launcher.outcome import Outcome
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 def work(job: ImportJob) -> int:
     """Writes the run; returns the exit code."""
+    return_large_blocks()
     return in_ranks(lambda ranks: _imported(job, ranks), job.ranks)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -90,7 +91,7 @@ class SafetensorsFiles:
         assert kind is Kind.weight
         file, stored = self._files[name]
         with safe_open(file, framework="pt") as content:
-            return content.get_tensor(stored).float()
+            return content.get_tensor(stored).to(torch.float32, copy=True)  # nothing keeps the file's mapping
 
 
 def _today(name: str, old_names: Mapping[str, str]) -> str:

@@ -54,6 +54,8 @@ def vocabulary(ours: str, theirs: str, config: ModelConfig) -> Pair:
 
     def fill(tensors: Sequence[Tensor]) -> Tensor:
         (tensor,) = tensors
+        if padded == rows:
+            return tensor
         return torch.cat((tensor, tensor.new_zeros(padded - rows, *tensor.shape[1:])))
 
     return Pair(ours=ours, theirs=(theirs,), split=lambda tensor: [tensor[:rows]], join=fill)

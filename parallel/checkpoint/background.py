@@ -1,11 +1,14 @@
-"""Saving beside the training loop: a copy in the host's memory, and one thread that writes it.
+"""Saving beside the training loop: one thread that copies to the host's memory, and then writes what it has copied.
 
-The copy is what training waits for; its buffers are kept, so that the next one costs no allocation: as many bytes of
-host memory as this rank writes to the disk. The thread agrees with the other ranks' threads over a group of its own.
+Weights and moments change only at the optimizer's update, so the copy runs beside the next forward and backward passes
+(torch copies without Python's lock, and on an accelerator on a stream of its own), and training waits for it only
+before that update. Its buffers are kept, so that the next copy costs no allocation: as many bytes of host memory as
+this rank writes to the disk. The thread agrees with the other ranks' threads over a group of its own.
 """
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -57,6 +60,30 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._done = threading.Event()
+        self._done.set()
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+
+    def begin(self) -> None:
+        """From now on `wait` waits: what is to be copied stands as it is, all of it asked of the device."""
+        self._done.clear()
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+
+    @contextmanager
+    def copying(self) -> Iterator[None]:
+        """Encloses all calls of `of`, in any thread; then nobody waits any more, whether it went well or not."""
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+                if self._stream is not None:
+                    self._stream.synchronize()
+        finally:
+            self._done.set()
+
+    def wait(self) -> None:
+        """Returns when nothing is left to be copied."""
+        self._done.wait()
 
     def of(self, tensors: Iterable[ShardedTensor]) -> list[ShardedTensor]:
         """The same shards with copies of their data; of those that other ranks write, only the description."""
@@ -67,8 +94,6 @@ class HostCopy:
                 assert tensor.data is not None
                 data = self._buffer(tensor, tensor.data).copy_(tensor.data, non_blocking=True)
             copies.append(replace(tensor, data=data))
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
         return copies
 
     def _buffer(self, tensor: ShardedTensor, data: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ class Checkpoints:
         config: JSON form of the run's configuration; recorded.
         group: all ranks over the hosts (gloo), for what they agree on; by default torch's own group of all ranks. With
             `asynchronous` nobody else may use it.
-        asynchronous: whether `save` returns when everything is copied to the host's memory, and a thread writes it.
+        asynchronous: whether a thread copies everything to the host's memory and writes it, while `save` has returned;
+            then `copied` must be called before tensors of the participants change.
         mirror: path or URL where rank 0 copies committed checkpoints to.
     """
 
@@ -104,10 +105,19 @@ class Checkpoints:
         if self._copy is None:
             self._write(content, started, committed)
         else:
-            self._background.start(partial(self._write, content.copied(self._copy), started, committed))
+            self._copy.begin()
+            self._background.start(partial(self._write, content, started, committed))
+
+    def copied(self) -> None:
+        """Returns when the tensors of the participants may change: a save in the background has copied them.
+
+        An error of the copy is raised where those of the write are.
+        """
+        if self._copy is not None:
+            self._copy.wait()
 
     def _write(self, content: Content, started: float, committed: Committed | None) -> None:
-        path = self._writer.write(content)
+        path = self._writer.write(content, self._copy)
         with agreed(f"finish the checkpoint {path}", self._group):
             if dist.get_rank() == 0:
                 if committed is not None:
@@ -163,6 +173,7 @@ class Checkpoints:
         Raises:
             UserError: on all ranks; see `parallel.checkpoint.load`.
         """
+        self.copied()
         manifest = load(path, participants, self._group)
         logger.info("loaded %s, written by attempt %s in layout %s", path, manifest.attempt, manifest.layout)
         return manifest

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed import ProcessGroup
@@ -63,7 +64,8 @@ class Content:
 
     def copied(self, copy: HostCopy) -> "Content":
         """The same content, detached from the participants: they may go on."""
-        return replace(self, tensors={name: copy.of(tensors) for name, tensors in self.tensors.items()})
+        with torch.no_grad(), copy.copying():
+            return replace(self, tensors={name: copy.of(tensors) for name, tensors in self.tensors.items()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,8 +93,8 @@ class StepWriter:
                 self.fence.check(doing)
                 _prepare(self.root / step_name(step), self._temporary(step), self.fence.attempt)
 
-    def write(self, content: Content) -> Path:
-        """Writes and commits `root/step-STEP`.
+    def write(self, content: Content, copy: HostCopy | None = None) -> Path:
+        """Writes and commits `root/step-STEP`; with `copy` of the tensors as they are while it copies them.
 
         Raises:
             UserError: on all ranks; a file cannot be written (which, and why), or the run has gone over to another
@@ -101,6 +103,9 @@ class StepWriter:
         target, temporary = self.root / step_name(content.step), self._temporary(content.step)
         doing = self._doing(content.step)
         try:
+            if copy is not None:
+                with agreed(doing, self.group):
+                    content = content.copied(copy)
             keys = _keys(content, self.group)
             tensors = [tensor for name in keys for tensor in content.tensors[name]]
             files = self._write_tensors(temporary, tensors, doing) if keys else {}

@@ -4,6 +4,7 @@
 made, one by one. The files are the ones of `shards`.
 """
 
+import gc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from parallel.checkpoint.integrity import check_files
 from parallel.checkpoint.manifest import TENSORS, FileRecord, Manifest
 from parallel.checkpoint.shards import Reader, SavePlanner, Writer
 from parallel.common.errors import UserError
+
+_LARGE_BYTES = 1 << 20
 
 
 class StoredTensors:
@@ -62,6 +65,8 @@ class StoredTensors:
         planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner({name: tensor}, self._metadata, is_coordinator=True)
         self._reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
+        if tensor.nbytes >= _LARGE_BYTES:
+            gc.collect(1)  # torch.load leaves what it has read in cyclic garbage; the young generations cost no time
         return tensor
 
 

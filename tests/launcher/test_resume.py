@@ -1,13 +1,20 @@
 """Where an attempt begins: never at random weights where a checkpoint is there or was asked for."""
 
 import shutil
+import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 
 from launcher.run_directory import RunDirectory
 from launcher.saving import Saving
+from parallel.checkpoint.background import HostCopy
 from parallel.checkpoint.manifest import whole_steps
+from parallel.checkpoint.stream import StoredTensors
 from parallel.config import CheckpointConfig
 from tests.launcher.test_train import records
 from tests.launcher.tiny import configuration, run
@@ -195,6 +202,48 @@ def test_saving_in_the_background_changes_no_number(tmp_path: Path, store: Path,
     assert run("train", config, "checkpoint.asynchronous=false", ranks=2)[0] == [0, 0]
     assert records(tmp_path) == kept
     assert (tmp_path / "run/metrics.jsonl").read_bytes() != before, "step 12 was taken again"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("parallel", "optimizer"),
+    [
+        ({"zero_stage": 0}, {"average_decay": 0.9}),
+        ({"zero_stage": 2, "offload": True}, {}),
+        ({"zero_stage": 3}, {}),
+        ({}, {"name": "muon"}),
+    ],
+    ids=["zero0-average", "zero2-offload", "zero3", "muon"],
+)
+def test_a_slow_copy_has_the_bits_of_its_step(
+    tmp_path: Path,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    parallel: dict[str, Any],
+    optimizer: dict[str, Any],
+) -> None:
+    """The next step's passes are over long before the copy is: its update waits, and the wait is counted as a save."""
+    sections = {"parallel": parallel, "optimizer": CONSTANT | optimizer, "train": {"steps": 3}}
+    config = configuration(tmp_path, store, checkpoint={"every_steps": 1}, **sections)
+    assert run("train", config, f"run.dir={tmp_path}/waiting", ranks=2)[0] == [0, 0]
+    at_once = HostCopy.of
+
+    def late(copy: HostCopy, tensors: Iterable[ShardedTensor]) -> list[ShardedTensor]:
+        time.sleep(0.1)
+        return at_once(copy, tensors)
+
+    monkeypatch.setattr(HostCopy, "of", late)
+    codes, said = run("train", config, f"run.dir={tmp_path}/run", "checkpoint.asynchronous=true", ranks=2)
+    assert codes == [0, 0], said
+    for step in (1, 2, 3):
+        waiting, beside = (
+            StoredTensors(tmp_path / name / "checkpoints" / f"step-{step:08d}") for name in ("waiting", "run")
+        )
+        assert waiting.shapes == beside.shapes
+        for name in waiting.shapes:
+            assert torch.equal(waiting.read(name), beside.read(name)), f"{name} after step {step}"
+    *_, last = RunDirectory(tmp_path / "run").metrics
+    assert last["time_save_seconds"] > 0.1
 
 
 def test_a_mirror_gets_every_step_and_stops_nobody(tmp_path: Path, store: Path) -> None:

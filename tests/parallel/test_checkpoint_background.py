@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from launcher.verify.world import run_world
+from parallel.checkpoint.background import HostCopy
 from parallel.checkpoint.checkpoints import Checkpoints
 from parallel.checkpoint.fence import Fence
 from parallel.checkpoint.manifest import whole_steps
@@ -61,6 +62,7 @@ def test_what_is_written_is_what_was_when_the_save_began(tmp_path: Path) -> None
         state = _state(1)
         checkpoints.save(1, state, committed=lambda **facts: told.append(facts["checkpoint"]))
         assert not whole_steps(tmp_path), "the save has returned, the commit has not come"
+        checkpoints.copied()
         for name in ("weights", "moments"):  # training goes on, collectives and all
             for tensor in state[name].local.values():
                 tensor.add_(1)
@@ -81,6 +83,30 @@ def test_one_is_in_flight_at_most_and_buffers_are_used_again(tmp_path: Path) -> 
     assert list(whole_steps(tmp_path)) == [1, 2, 3]
     for step, path in whole_steps(tmp_path).items():
         assert run_world(lambda path=path: load(tmp_path, path=path), 2) == [step, step]
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room for a copy"), OSError(12, "Cannot allocate memory")])
+def test_a_copy_that_fails_holds_nobody_up_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """On one rank alone; the other learns of it."""
+
+    def work() -> str:
+        def fails(copy: HostCopy, tensors: Any) -> Any:
+            raise error
+
+        checkpoints = _checkpoints(tmp_path, lambda: "a")
+        if dist.get_rank() == 1:
+            monkeypatch.setattr(HostCopy, "of", fails)
+        checkpoints.save(1, _state(1))
+        checkpoints.copied()
+        with pytest.raises((UserError, MemoryError, RuntimeError)) as caught:
+            _answer(checkpoints)
+        return str(caught.value)
+
+    for told in run_world(work, 2):
+        assert error.args[-1] in told
+    assert list(tmp_path.iterdir()) == [], "nothing half-written stays"
 
 
 def _answer(checkpoints: Checkpoints) -> None:
