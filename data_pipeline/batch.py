@@ -6,6 +6,7 @@ loss_weights   float32 [batch, sequence]   1 where the label counts, else 0
 positions      int64   [batch, sequence]   restart at each segment (see `samples`)
 document_ids   int32   [batch, sequence]   0, 1, 2 ... within the sample; attention never crosses
 sample_ids     int64   [batch]             global position in the order; -1 in a row that only fills
+source         int64   [batch]             index into the sources of the store; -1 in a row that only fills
 """
 
 import numpy as np

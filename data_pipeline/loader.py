@@ -86,6 +86,7 @@ class Loader:
             plan.samples(self._builder, store, name, split=split, seed=seed) for name in self._schedule.sources
         ]
         self._store = store
+        self._places = _places(store)
         self._split = split
         self._micro_batch_size, self._dp_rank, self._dp_size = micro_batch_size, dp_rank, dp_size
         self._following = plan.following
@@ -135,7 +136,7 @@ class Loader:
         self._ready = []
 
     def next_batch(self) -> dict[str, Tensor]:
-        """This rank's rows of the next global batch; keys and shapes as in `batch`.
+        """This rank's rows of the next global batch; keys and shapes as in `batch`, and `source` as in `single_pass`.
 
         Raises:
             UserError: the store did not grow in time.
@@ -173,6 +174,10 @@ class Loader:
         if any(phase.segment_length for phase in self._schedule.phases):
             lengths = self._schedule.segment_lengths(np.maximum(sample_ids, 0), self._length)
         together = self._builder.batch(ids, sample_ids=sample_ids, labels_in_row=labels, segment_lengths=lengths)
+        in_store = np.array([self._places.get(name, -1) for name in self._schedule.sources], dtype=np.int64)
+        source = np.full(len(sample_ids), -1, dtype=np.int64)
+        source[real] = in_store[sources]
+        together = {**together, "source": torch.from_numpy(source)}
         split = [tensor.split(own) for tensor in together.values()]
         return [dict(zip(together, tensors, strict=True)) for tensors in zip(*split, strict=True)][::-1]
 
@@ -189,7 +194,7 @@ class Loader:
         if self._following is None:
             raise UserError(f"the store {self._store.path} still grows and {source} is used up: set data.follow=true")
         grown = wait_for_growth(self._store, source, self._split, self._following)
-        self._store = grown
+        self._store, self._places = grown, _places(grown)
         for stream in self._streams:
             stream.follow(grown)
 
@@ -275,6 +280,11 @@ def _warn_of_waste(samples: int, rows: int) -> None:
             rows - samples,
             100 * (rows - samples) / rows,
         )
+
+
+def _places(store: Store) -> dict[str, int]:
+    """{source: its index in the store}; a store that grows only adds some at the end."""
+    return {name: place for place, name in enumerate(store.sources)}
 
 
 def tokens_by_source(store: Store, split: str) -> dict[str, int]:
@@ -372,7 +382,8 @@ def single_pass(
     ]
     samples = np.array([stream.samples_of_a_pass for stream in streams], dtype=np.int64)
     sources, ordinals = spread(samples, np.full(len(samples), 0.5))
-    in_store = np.array([store.sources.index(name) for name in tokens], dtype=np.int64)
+    places = _places(store)
+    in_store = np.array([places[name] for name in tokens], dtype=np.int64)
     rows = rows_per_rank(global_batch_size, micro_batch_size, dp_size)
     slots = np.arange(dp_rank * rows, (dp_rank + 1) * rows)
     for first in range(0, len(sources), global_batch_size):

@@ -26,6 +26,7 @@ from launcher.config import RunConfig, WandbMode
 from launcher.display import Display, make_display
 from launcher.evaluation.validation import Validation
 from launcher.length import batch_sizes, total_steps
+from launcher.machine import known_machine
 from launcher.meter import Meter
 from launcher.objective import objective_of, plan_of, travelling_length
 from launcher.preempt import Asked, Preempt
@@ -44,7 +45,7 @@ from parallel.checkpoint.retention import Retention
 from parallel.common.lines import JsonLines
 from parallel.common.stateful import Stateful
 from parallel.engine import Engine, Objective
-from parallel.precision import model_dtype
+from parallel.precision import model_dtype, on_this_machine
 from parallel.rules import check_patterns
 from parallel.schedules import Schedule
 from parallel.topology import Topology
@@ -88,7 +89,9 @@ def assemble(
     store = open_store(config.data)
     topology = Topology.create(config.parallel)
     rows = vocabulary_size(config, store)
-    engine = make_engine(config, vocabulary_size=rows, topology=topology, objective=objective_of(config))
+    engine = make_engine(
+        config, vocabulary_size=rows, topology=topology, objective=objective_of(config, sources=store.sources)
+    )
     _check_patterns(config, engine)
     loader = _loader(config, store, topology)
     progress = Progress(total_steps=steps, batch_sizes=batch_sizes(config), sequence_length=train.sequence_length)
@@ -145,10 +148,16 @@ def _meter(config: RunConfig, rows: int, topology: Topology, pulse: Pulse, loade
         vocabulary_size=rows,
         sequence_length=config.train.sequence_length,
         topology=topology,
-        dtype=model_dtype(config.precision),
+        peak_flops=_peak_flops(config, topology),
         pulse=pulse,
         ledger=lambda: loader.ledger,
     )
+
+
+def _peak_flops(config: RunConfig, topology: Topology) -> float | None:
+    """Of one device at the run's precision, where its machine is known."""
+    machine = known_machine(config, topology.device)
+    return None if machine is None else machine.peak_flops.get(on_this_machine(config.precision).value)
 
 
 def _loader(config: RunConfig, store: Store, topology: Topology) -> Loader:

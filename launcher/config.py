@@ -111,9 +111,12 @@ class WandbConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingConfig:
-    """Where metrics go besides `metrics.jsonl`."""
+    """Where metrics go besides `metrics.jsonl`, and what they are held against."""
 
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    hardware: str | None = None
+    """The machine whose peak MFU is a share of: a name under configs/hardware or a file such as theirs; by default the
+    accelerator's own, by its name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

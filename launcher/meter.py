@@ -4,7 +4,8 @@ Reading a tensor waits for the device, so it happens here alone, at logged steps
 because memory and the hash of the samples are taken over all of them.
 
 Model FLOPs utilisation is given in both counts that the field uses: `mfu_causal` counts the half of the attention
-matrix that a causal model needs, `mfu_full` all of it. Without a known peak (a CPU) both are None.
+matrix that a causal model needs, `mfu_full` all of it, both of the peak that stands beside them. Without a known one
+(a CPU) they are None. `launcher.metrics` says what each name means and in which unit.
 """
 
 import math
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launcher.metrics import nested
 from launcher.progress import Progress
 from model.config import ModelConfig
 from model.size import flops_per_token
@@ -26,12 +28,6 @@ from parallel.common.files import hash_bytes
 from parallel.engine import StepResult
 from parallel.topology import Topology
 
-PEAK_FLOPS = {
-    ("H200", torch.bfloat16): 989e12,
-    ("H100", torch.bfloat16): 989e12,
-    ("A100", torch.bfloat16): 312e12,
-}
-"""Dense matrix products of one device in a second, from the makers' data sheets."""
 _PHASES = ("data", "forward_backward", "communication", "optimizer", "save")
 _PAUSES = ("save", "evaluate")
 
@@ -46,18 +42,18 @@ class Meter:
         vocabulary_size: int,
         sequence_length: int,
         topology: Topology,
-        dtype: torch.dtype,
+        peak_flops: float | None,
         pulse: Callable[[str], None],
         ledger: Callable[[], dict[str, int]],
     ) -> None:
-        """`ledger` gives the tokens of each source so far."""
-        peak = _peak_flops(topology.device, dtype)
-        self._flops_share = {
-            name: flops_per_token(model, vocabulary_size, sequence_length, causal=causal) / (peak * topology.world_size)
-            if peak
-            else None
+        """`peak_flops` is one device's, None where nobody knows it; `ledger` gives the tokens of each source so far."""
+        flops = {
+            name: flops_per_token(model, vocabulary_size, sequence_length, causal=causal)
             for name, causal in (("mfu_causal", True), ("mfu_full", False))
         }
+        ranks = topology.world_size
+        self._flops_share = {name: each / (peak_flops * ranks) if peak_flops else None for name, each in flops.items()}
+        self._peak_flops = peak_flops
         self._topology = topology
         self._pulse = pulse
         self._ledger = ledger
@@ -99,9 +95,11 @@ class Meter:
             "learning_rate": result.learning_rate,
             "grad_norm": grad_norm,
             "skipped_steps": self._skipped_steps,
-            **{name: float(value) for name, value in result.metrics.items()},
-            **means(result.reported),
+            **nested(values(result.metrics)),
+            **nested(means(result.reported)),
             "tokens_per_second": rate,
+            "tokens_per_second_per_rank": rate / self._topology.world_size,
+            "peak_flops": self._peak_flops,
             **{name: None if share is None else rate * share for name, share in self._flops_share.items()},
             "memory_bytes": self._memory_bytes(),
             **{f"time_{phase}_seconds": self._seconds[phase] for phase in _PHASES},
@@ -137,19 +135,22 @@ class Meter:
         return hash_bytes(ids[ids >= 0].sort().values.numpy().tobytes())
 
 
-def means(reported: Mapping[str, Tensor]) -> dict[str, float]:
-    """Each sum over its weight."""
-    return {name: (pair[0] / pair[1].clamp(min=1e-12)).item() for name, pair in reported.items()}
+def values(metrics: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """Numbers that are on the device, fetched at once; None for one that is not finite."""
+    found = torch.stack(list(metrics.values())).tolist() if metrics else []
+    return {name: _number(value) for name, value in zip(metrics, found, strict=True)}
+
+
+def means(reported: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """Each sum over its weight, None if it is not finite; without what had no weight, as a source that was not seen."""
+    pairs = torch.stack(list(reported.values())).tolist() if reported else []
+    return {name: _number(total / weight) for name, (total, weight) in zip(reported, pairs, strict=True) if weight}
 
 
 def finite(result: StepResult) -> tuple[float | None, float | None]:
     """Loss and gradient norm of a step, each None where it is not finite, as in a step that was skipped for it."""
-    loss, grad_norm = result.loss.item(), result.grad_norm.item()
-    return loss if math.isfinite(loss) else None, grad_norm if math.isfinite(grad_norm) else None
+    return _number(result.loss.item()), _number(result.grad_norm.item())
 
 
-def _peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for (part, kind), peak in PEAK_FLOPS.items() if part in name and kind == dtype), None)
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

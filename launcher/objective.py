@@ -1,5 +1,6 @@
 """What a run minimises, over which samples: the objective by its name, and the form of sample that goes with it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from data_pipeline.plan import Plan
@@ -9,9 +10,10 @@ from model import families, objectives
 from parallel.engine import Objective
 
 
-def objective_of(config: RunConfig) -> Objective:
-    """What the run minimises."""
-    return objectives.objective(families.objective(config.model, config.train.objective), z_loss=config.train.z_loss)
+def objective_of(config: RunConfig, *, sources: Sequence[str] = ()) -> Objective:
+    """What the run minimises; it reports the loss of each of the store's `sources` too, if they are given."""
+    name = families.objective(config.model, config.train.objective)
+    return objectives.objective(name, z_loss=config.train.z_loss, sources=sources)
 
 
 def travelling_length(config: RunConfig) -> int:

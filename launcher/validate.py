@@ -15,6 +15,7 @@ from launcher.config import RunConfig, flatten, missing, to_dict
 from launcher.layout_rules import divisors, layout_problems, multiples, nearest
 from launcher.length_rules import length_problems
 from launcher.optimizer_rules import optimizer_problems
+from launcher.watching_rules import watching_problems
 from model import families
 from model.config import ModelConfig, ObjectiveName, Position, RopeScaling
 from parallel.checkpoint.mirror import place
@@ -68,6 +69,7 @@ def check_training(config: RunConfig, *, ranks: int, store: Store | None = None)
             _objective(config),
             _model(config),
             layout_problems(config, ranks),
+            watching_problems(config),
         )
         problems = [problem for rule in rules for problem in rule]
         if store is not None:

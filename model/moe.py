@@ -175,12 +175,15 @@ def summary(sums: Tensor, weight: Tensor) -> dict[str, Tensor]:
     """What a step reports of its routers: from [layers, experts + 2] summed over all ranks, and the batch's weight.
 
     `load_balance_loss` is 1 for an even spread and `experts` for the worst (mean over layers, without coefficient);
-    `busiest_expert` is the largest share of a layer's tokens that one expert got, times the number of experts.
+    `router_load.LAYER`, from 1, is the largest share of a layer's tokens that one expert got, times the number of
+    experts; `busiest_expert` is the largest of these.
     """
-    sums = sums[sums[:, :-2].sum(dim=1) > 0]
-    if not len(sums):
+    (layers,) = (sums[:, :-2].sum(dim=1) > 0).nonzero(as_tuple=True)
+    if not len(layers):
         return {}
+    sums = sums[layers]
     tokens = sums[:, :-2]
-    busiest = (tokens.amax(dim=1) / tokens.mean(dim=1)).amax()
+    loads = tokens.amax(dim=1) / tokens.mean(dim=1)
     means = sums[:, -2:].mean(dim=0) / weight.clamp(min=1e-12)
-    return {"load_balance_loss": means[0], "router_z_loss": means[1], "busiest_expert": busiest}
+    by_layer = {f"router_load.{layer + 1}": load for layer, load in zip(layers.tolist(), loads, strict=True)}
+    return {"load_balance_loss": means[0], "router_z_loss": means[1], "busiest_expert": loads.amax(), **by_layer}

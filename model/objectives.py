@@ -90,9 +90,12 @@ class Prediction:
     5); it is a part of the loss only where there are gradients, so that an evaluation says what the model predicts.
     """
 
-    def __init__(self, *, z_loss: float = 0.0) -> None:
+    def __init__(self, *, z_loss: float = 0.0, sources: Sequence[str] = ()) -> None:
+        """With `sources` it reports the cross-entropy of each; the batch then says of each row which one it is of."""
         self.z_loss = z_loss
-        self.reports: Sequence[str] = ("z_loss",) if z_loss else ()
+        self._sources = len(sources)
+        self._by_source = [f"loss_by_source.{name}" for name in sources]
+        self.reports: Sequence[str] = (*(("z_loss",) if z_loss else ()), *self._by_source)
 
     def __call__(
         self, outputs: Tensor, batch: Mapping[str, Tensor], tensor_group: ProcessGroup
@@ -101,20 +104,34 @@ class Prediction:
         labels = batch["labels"].to(outputs.device, non_blocking=True).T.contiguous()
         weights = batch["loss_weights"].to(outputs.device, non_blocking=True).T
         if not self.z_loss:
-            return (token_losses(outputs, labels, tensor_group) * weights).sum(), weights.sum(), {}
+            losses = token_losses(outputs, labels, tensor_group) * weights
+            return losses.sum(), weights.sum(), self._of_sources(losses, weights, batch)
         losses, normalisers = _losses_and_normalisers(outputs, labels, tensor_group)
         squares = (normalisers.square() * weights).sum()
-        loss = (losses * weights).sum()
+        losses = losses * weights
+        loss = losses.sum()
         if torch.is_grad_enabled():
             loss = loss + self.z_loss * squares
-        return loss, weights.sum(), {"z_loss": torch.stack((squares, weights.sum()))}
+        reported = {"z_loss": torch.stack((squares, weights.sum()))}
+        return loss, weights.sum(), reported | self._of_sources(losses, weights, batch)
+
+    @torch.no_grad()
+    def _of_sources(self, losses: Tensor, weights: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weighted losses and weights [sequence, batch], added up over the rows of each source."""
+        if not self._sources:
+            return {}
+        rows = torch.stack((losses.sum(dim=0), weights.sum(dim=0)), dim=-1).double()  # [batch, 2]
+        source = batch["source"].to(losses.device, non_blocking=True)
+        of_source = source == torch.arange(self._sources, device=losses.device)[:, None]  # [sources, batch]
+        sums = rows.where(of_source[..., None], 0).sum(dim=1)  # a product would spread one row's NaN over all sources
+        return dict(zip(self._by_source, sums, strict=True))
 
 
 class MaskedPrediction:
     """`Prediction` of the covered tokens by a model that gives its logits first, and which of them were right."""
 
-    def __init__(self, *, z_loss: float = 0.0) -> None:
-        self._prediction = Prediction(z_loss=z_loss)
+    def __init__(self, *, z_loss: float = 0.0, sources: Sequence[str] = ()) -> None:
+        self._prediction = Prediction(z_loss=z_loss, sources=sources)
         self.reports: Sequence[str] = ("masked_loss", *self._prediction.reports)
 
     def __call__(
@@ -134,8 +151,8 @@ class MaskedPredictionAndNextSentence:
     The engine divides one sum by one count, that of the tokens; so the pairs' sum is brought to their scale first.
     """
 
-    def __init__(self, *, z_loss: float = 0.0) -> None:
-        self._masked = MaskedPrediction(z_loss=z_loss)
+    def __init__(self, *, z_loss: float = 0.0, sources: Sequence[str] = ()) -> None:
+        self._masked = MaskedPrediction(z_loss=z_loss, sources=sources)
         self.reports: Sequence[str] = (*self._masked.reports, "next_sentence_loss", "next_sentence_accuracy")
 
     def __call__(
@@ -164,9 +181,9 @@ _MAKERS: dict[str, Callable[..., Objective]] = {
 }
 
 
-def objective(name: str, *, z_loss: float = 0.0) -> Objective:
-    """The objective of a name."""
-    return _MAKERS[name](z_loss=z_loss)
+def objective(name: str, *, z_loss: float = 0.0, sources: Sequence[str] = ()) -> Objective:
+    """The objective of a name; it reports the loss of each of the store's `sources` that are given, in its order."""
+    return _MAKERS[name](z_loss=z_loss, sources=sources)
 
 
 def register_objective(
@@ -180,7 +197,7 @@ def register_objective(
 
     Args:
         name: the word in the configuration.
-        make: called with `z_loss=` (`train.z_loss`), gives the objective.
+        make: called with `z_loss=` (`train.z_loss`), gives the objective, which alone says what it reports.
         samples: the form of the samples that it reads, of which a plugin may register its own.
         architecture: of the families that it can train.
 
@@ -189,5 +206,5 @@ def register_objective(
     """
     if name in _MAKERS:
         raise ValueError(f"there is an objective called {name} already")
-    _MAKERS[name] = make
+    _MAKERS[name] = lambda *, z_loss, sources: make(z_loss=z_loss)
     families.SAMPLES[name], families.OWN[name] = samples, architecture

@@ -6,8 +6,14 @@ from parallel.config import Precision
 from parallel.cpu import has_gpu
 
 
+def on_this_machine(precision: Precision) -> Precision:
+    """What `auto` is here: bf16 on an accelerator that has it, else fp32; another one as it is."""
+    if precision is not Precision.auto:
+        return precision
+    return Precision.bf16 if has_gpu() and torch.cuda.is_bf16_supported() else Precision.fp32
+
+
 def model_dtype(precision: Precision) -> torch.dtype:
-    """The dtype of `precision`; `auto` is bf16 on an accelerator that has it, else fp32."""
-    if precision is Precision.auto:
-        return torch.bfloat16 if has_gpu() and torch.cuda.is_bf16_supported() else torch.float32
-    return {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32, Precision.fp16: torch.float16}[precision]
+    """The dtype of `precision` here."""
+    dtypes = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32, Precision.fp16: torch.float16}
+    return dtypes[on_this_machine(precision)]

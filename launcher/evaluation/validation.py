@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from data_pipeline.loader import single_pass
 from data_pipeline.store import VALIDATION, Store
 from launcher.config import RunConfig
 from launcher.meter import means
+from launcher.metrics import nested
 from launcher.objective import plan_of
 from launcher.progress import Every
 from parallel.engine import Engine
@@ -38,7 +40,7 @@ class Validation:
         every = config.evaluate.every_steps
         self.schedule = Every(every, besides=() if every is None else (total_steps,))
         self._batches: Sequence[dict[str, Tensor]] = ()
-        self._latest: tuple[int, dict[str, float]] = (0, {})
+        self._latest: tuple[int, dict[str, Any]] = (0, {})
         if every is not None:
             batches = validation_batches(config, store=store, topology=topology)
             self._batches = list(islice(batches, config.evaluate.batches))
@@ -47,7 +49,7 @@ class Validation:
         """Whether to look after this step."""
         return self.schedule.due(step)
 
-    def loss(self, engine: Engine, step: int) -> dict[str, float]:
+    def loss(self, engine: Engine, step: int) -> dict[str, Any]:
         """`{"validation_loss": mean nats a token}` after this step, and what the objective reports; all ranks call
         this together."""
         total = weight = 0.0
@@ -59,9 +61,9 @@ class Validation:
             for name, pair in result.reported.items():
                 reported[name] = reported[name] + pair if name in reported else pair
         found = {f"validation_{name}": value for name, value in means(reported).items()}
-        self._latest = step, {"validation_loss": total / weight, **found}
+        self._latest = step, {"validation_loss": total / weight, **nested(found)}
         return self.at(step)
 
-    def at(self, step: int) -> dict[str, float]:
+    def at(self, step: int) -> dict[str, Any]:
         """What `loss` found after this step; empty if it did not look then."""
         return dict(self._latest[1]) if step == self._latest[0] else {}

@@ -1,5 +1,6 @@
 """What a machine can do, as data: a YAML file under configs/hardware or of the user's own. Imports without torch."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -64,6 +65,16 @@ class Hardware:
 def names() -> list[str]:
     """The machines that come along."""
     return sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
+
+
+def of_device(name: str) -> Hardware | None:
+    """The machine of an accelerator that calls itself `NVIDIA H100 80GB HBM3`; None for one that has no file.
+
+    Cards with the same chip and lower clocks or links (`PCIe`, `NVL`) are other machines.
+    """
+    words = set(re.split(r"\W+", name.lower()))
+    found = next((known for known in names() if known in words), None)
+    return None if found is None or words & {"pcie", "nvl"} else load(found)
 
 
 def load(name: str) -> Hardware:

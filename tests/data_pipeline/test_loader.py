@@ -72,6 +72,7 @@ def test_a_batch_is_what_the_interfaces_say(store: Store) -> None:
         "positions": (torch.int64, (6, LENGTH)),
         "document_ids": (torch.int32, (6, LENGTH)),
         "sample_ids": (torch.int64, (6,)),
+        "source": (torch.int64, (6,)),
     }
     assert all(tensor.is_contiguous() for tensor in batch.values())
     assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
@@ -169,9 +170,11 @@ def test_the_ledger_and_the_tokens_are_exact(
     weights = Counter()
     for _ in range(batches):
         rows = own.next_batch()
-        for labels, row_weights in zip(rows["labels"].tolist(), rows["loss_weights"].tolist(), strict=True):
+        columns = (rows[name].tolist() for name in ("labels", "loss_weights", "source"))
+        for labels, row_weights, place in zip(*columns, strict=True):
             token = next(token for token in labels if token != END)
             source = source_of(token, TRAINING)
+            assert store.sources[place] == source
             counts[source].update(labels)
             weights[source] += int(sum(row_weights))
     assert {name: weights[name] for name in own.ledger} == own.ledger

@@ -125,7 +125,9 @@ def test_a_copy_of_a_weight_that_went_bad_is_written_anew(
     config = configuration(tmp_path, store, train={"steps": 5}, anomaly={"not_finite": "skip"})
     codes, said = run("train", config, ranks=2)
     assert codes == [0, 0], said
-    assert [record["loss"] is None for record in records(tmp_path)] == [False, False, True, False, False]
+    written = list(RunDirectory(tmp_path / "run").metrics)
+    assert [record["loss"] is None for record in written] == [False, False, True, False, False]
+    assert None in written[2]["loss_by_source"].values()
 
 
 @pytest.mark.fault(

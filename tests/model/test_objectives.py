@@ -1,12 +1,22 @@
-"""Objectives against sums written out in the open, on one rank and with the vocabulary cut over two."""
+"""Objectives against sums written out in the open, on one rank and with the vocabulary cut over two; and the losses of
+sources in every kind of layout."""
+
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launcher.assemble import make_engine
+from launcher.objective import objective_of
+from launcher.verify.batches import Traits, slice_of, synthetic_batch
+from launcher.verify.measure import Case
 from launcher.verify.world import run_world
 from model.objectives import Prediction
+from parallel.engine import Engine
+from parallel.topology import Topology
+from tests.distributed.layouts import tiny
 
 pytestmark = pytest.mark.distributed
 
@@ -63,3 +73,60 @@ def test_an_evaluation_has_no_z_loss() -> None:
 
     ((plain, with_z),) = run_world(both, 1)
     assert plain == with_z
+
+
+SOURCES = ("code", "prose", "never")
+
+
+def engine_of(case: Case, *sources: str) -> Engine:
+    vocabulary = case.config.model.vocabulary_size
+    assert vocabulary is not None
+    return make_engine(
+        case.config,
+        vocabulary_size=vocabulary,
+        topology=Topology.create(case.config.parallel),
+        objective=objective_of(case.config, sources=sources),
+        dtype=case.dtype,
+    )
+
+
+def of_two_sources(case: Case) -> dict[str, Tensor]:
+    batch = synthetic_batch(case.config, 1, Traits(unequal=True))
+    return {**batch, "source": (batch["sample_ids"] % 3 > 0).long()}
+
+
+def one_after_the_other(case: Case) -> dict[str, list[float]]:
+    """The loss and the weight of each source by a batch in which nothing else counts."""
+    engine, batch = engine_of(case), of_two_sources(case)
+    found = {}
+    for number, name in enumerate(SOURCES[:2]):
+        own = (batch["source"] == number)[:, None]
+        result = engine.evaluate({**batch, "loss_weights": batch["loss_weights"] * own})
+        found[f"loss_by_source.{name}"] = [float(result.loss * result.weight), float(result.weight)]
+    return found
+
+
+def by_source(case: Case) -> tuple[float, dict[str, list[float]]]:
+    engine = engine_of(case, *SOURCES)
+    result = engine.step(slice_of(of_two_sources(case), engine.topology))
+    return float(result.loss * result.weight), {name: pair.tolist() for name, pair in result.reported.items()}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (1, {}),
+        (2, {"pipeline": 2, "virtual_pipeline": 2}),
+        (4, {"tensor": 2, "context": 2}),
+        (2, {"micro_batch_size": 4}),
+    ],
+    ids=["one", "pp2-vpp2", "tp2-cp2", "dp2-mbs4"],
+)
+def test_losses_of_sources_do_not_depend_on_the_layout(ranks: int, layout: dict[str, Any]) -> None:
+    (expected,) = run_world(one_after_the_other, 1, tiny(dtype=torch.float64, zero_stage=0))
+    for total, found in run_world(by_source, ranks, tiny(ranks, dtype=torch.float64, zero_stage=0, **layout)):
+        assert found.pop("loss_by_source.never") == [0, 0]
+        assert found.keys() == expected.keys()
+        for name, pair in expected.items():
+            assert found[name] == pytest.approx(pair, rel=1e-12)
+        assert sum(loss for loss, _ in found.values()) == pytest.approx(total, rel=1e-12)
