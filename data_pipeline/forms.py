@@ -5,11 +5,13 @@ from collections.abc import Callable
 from data_pipeline.builders import Causal, SampleBuilder, Setting
 from data_pipeline.masking import Masked
 from data_pipeline.pairs import Pairs
+from data_pipeline.prefix import Prefix
 from data_pipeline.spans import Spans
 
 CAUSAL = "causal"
 BUILDERS: dict[str, Callable[[Setting], SampleBuilder]] = {
     CAUSAL: Causal,
+    "prefix": Prefix,
     "masked": Masked,
     "pairs": Pairs,
     "spans": Spans,

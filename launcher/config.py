@@ -80,8 +80,8 @@ class TrainConfig:
     sequence_length: int = MISSING
     """Tokens in a sample."""
     objective: str | None = None
-    """What is minimised: causal_lm, masked_lm, masked_lm_next_sentence, or one that a plugin registers; by default what
-    the model's family is made for."""
+    """What is minimised: causal_lm, prefix_lm, masked_lm, masked_lm_next_sentence, span_corruption, or one that a
+    plugin registers; by default what the model's family is made for."""
     z_loss: float = 0.0
     """Coefficient of the squared log-normaliser of each prediction, which keeps logits near 0 (PaLM has 1e-4)."""
     deterministic: bool = False

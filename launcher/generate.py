@@ -19,6 +19,8 @@ from launcher.outcome import Outcome
 from launcher.runtime import in_ranks
 from launcher.verbs.generate import GenerateJob, facts, keep, show
 from launcher.work import Ranks
+from model import families
+from model.config import ObjectiveName
 from parallel.checkpoint.load import load
 from parallel.config import ParallelConfig
 from parallel.topology import Topology
@@ -74,6 +76,7 @@ def _generated(job: GenerateJob, ranks: Ranks) -> Outcome:
     load(job.checkpoint.path, {"model": engine.participants()["model"]})
     model = engine.updater.module
     model.eval()
+    reads_whole = families.objective(config.model, config.train.objective) == ObjectiveName.prefix_lm
 
     def forward(tokens: Tensor) -> Tensor:
         batch = {
@@ -81,6 +84,8 @@ def _generated(job: GenerateJob, ranks: Ranks) -> Outcome:
             "positions": torch.arange(len(tokens))[None],
             "document_ids": torch.zeros(1, len(tokens), dtype=torch.int32),
         }
+        if reads_whole:
+            batch["prefix"] = torch.ones_like(batch["tokens"], dtype=torch.bool)
         return model(0, batch)[-1, 0]
 
     samples = []

@@ -31,7 +31,9 @@ from model.rope import rotate, score_scale
 from parallel.context import ContextParallel
 
 
-def find_pieces(document_ids: Tensor, chunks: Sequence[tuple[int, int]], *, causal: bool = True) -> Pieces | None:
+def find_pieces(
+    document_ids: Tensor, chunks: Sequence[tuple[int, int]], *, causal: bool = True, prefix: Tensor | None = None
+) -> Pieces | None:
     """The pieces of [batch, sequence] ids on the CPU for the ranges of a row that a rank holds; None where each row is
     one document and one piece.
 
@@ -39,25 +41,30 @@ def find_pieces(document_ids: Tensor, chunks: Sequence[tuple[int, int]], *, caus
         document_ids: rise within a row.
         chunks: half-open ranges of a row.
         causal: a token sees those before it; otherwise all of its document.
+        prefix: bool [batch, sequence], true for some first tokens of each document, which see each other as well.
     """
     batch, sequence = document_ids.shape
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     borders = starts.flatten().nonzero().flatten().tolist()
-    if len(borders) == batch and len(chunks) == 1:
+    if len(borders) == batch and len(chunks) == 1 and prefix is None:
         return None
     ends = [*borders[1:], batch * sequence]
     documents = [end - start for start, end in zip(borders, ends, strict=True)]
+    given = [0] * len(documents) if causal else documents  # first tokens that see each other
+    if prefix is not None:
+        given = [int(part.sum()) for part in prefix.flatten().split(documents)]
     queries: list[Piece] = []
     for row in range(batch):
         for first, last in chunks:
             low, high = row * sequence + first, row * sequence + last
             index = bisect_right(borders, low) - 1
             while low < high:
-                stop = min(high, ends[index])
-                seen = stop - borders[index] if causal else documents[index]
-                queries.append(Piece(stop - low, index, low - borders[index], seen, causal))
-                low, index = stop, index + 1
+                begin, border = borders[index], borders[index] + given[index]
+                stop = min(high, border if low < border else ends[index])
+                seen = given[index] if low < border else stop - begin
+                queries.append(Piece(stop - low, index, low - begin, seen, low >= border))
+                low, index = stop, index + (stop == ends[index])
     return Pieces(documents=documents, queries=queries)
 
 
@@ -151,25 +158,17 @@ class DocumentAttention(MegatronModule):
         whole = self.window is None or seen <= self.window
         attend = partial(scaled_dot_product_attention, query, key, value, scale=self.scale, enable_gqa=self.grouped)
         if bias is not None:
-            return attend(attn_mask=self._masked(bias(piece.start, length, seen), piece)[None])
+            added = bias(piece.start, length, seen).masked_fill(~_seen(piece, seen, query.device), -torch.inf)
+            return attend(attn_mask=added[None])
+        if self.softcap is not None:
+            mask = _seen(piece, self.window or seen, query.device)
+            return self._attend_capped(query, key, value, mask, self.softcap)
+        if not whole:
+            assert self.window is not None
+            return attend(attn_mask=_seen(piece, self.window, query.device))
         if not piece.causal:
             return attend()
-        if self.softcap is not None:
-            mask = _band(length, seen, self.window or seen, query.device)
-            return self._attend_capped(query, key, value, mask, self.softcap)
-        if whole and length == seen:
-            return attend(is_causal=True)
-        if whole:
-            return attend(attn_mask=causal_lower_right(length, seen))
-        assert self.window is not None
-        return attend(attn_mask=_band(length, seen, self.window, query.device))
-
-    @staticmethod
-    def _masked(bias: Tensor, piece: Piece) -> Tensor:
-        """A bias [heads, length, keys] that no score behind its query passes."""
-        if not piece.causal:
-            return bias
-        return bias.masked_fill(~_band(piece.length, piece.keys, piece.keys, bias.device), -torch.inf)
+        return attend(is_causal=True) if length == seen else attend(attn_mask=causal_lower_right(length, seen))
 
     def _attend_capped(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, cap: float) -> Tensor:
         """With scores that never pass the cap; no fused kernel has them, so [length, keys] scores of a document are
@@ -182,7 +181,9 @@ class DocumentAttention(MegatronModule):
         return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1, dtype=exact).to(value.dtype) @ value
 
 
-def _band(length: int, seen: int, window: int, device: torch.device) -> Tensor:
-    """Which of `seen` keys each of the last `length` tokens attends to: itself and the window - 1 before it."""
-    back = torch.arange(seen - length, seen, device=device)[:, None] - torch.arange(seen, device=device)
-    return (back >= 0) & (back < window)
+def _seen(piece: Piece, window: int, device: torch.device) -> Tensor:
+    """Which keys each query of a piece attends to, [length, keys]: itself and the window - 1 before it, and where it
+    is not causal as many behind it."""
+    places = torch.arange(piece.start, piece.start + piece.length, device=device)
+    back = places[:, None] - torch.arange(piece.keys, device=device)
+    return (back < window) & (back >= 0 if piece.causal else back > -window)

@@ -30,6 +30,8 @@ class ObjectiveName(StrEnum):
 
     causal_lm = "causal_lm"
     """Every token from those before it in its document."""
+    prefix_lm = "prefix_lm"
+    """The rest of every document from its beginning, whose tokens all see each other (Raffel et al., 2019)."""
     masked_lm = "masked_lm"
     """Tokens that were covered, from all others of their document (BERT; Devlin et al., 2018, arXiv:1810.04805)."""
     masked_lm_next_sentence = "masked_lm_next_sentence"

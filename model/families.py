@@ -124,7 +124,9 @@ def _encoder_objectives(model: ModelConfig) -> tuple[ObjectiveName, ...]:
 
 
 _CAUSAL = Family(
-    architecture=Architecture.causal, objectives=lambda _: (ObjectiveName.causal_lm,), problems=causal_problems
+    architecture=Architecture.causal,
+    objectives=lambda _: (ObjectiveName.causal_lm, ObjectiveName.prefix_lm),
+    problems=causal_problems,
 )
 _ENCODER = Family(
     architecture=Architecture.encoder,
@@ -150,6 +152,7 @@ FAMILIES: Mapping[FamilyName, Family] = {
 
 SAMPLES: dict[str, str] = {
     ObjectiveName.causal_lm: "causal",
+    ObjectiveName.prefix_lm: "prefix",
     ObjectiveName.masked_lm: "masked",
     ObjectiveName.masked_lm_next_sentence: "pairs",
     ObjectiveName.span_corruption: "spans",

@@ -79,8 +79,8 @@ class LanguageModel(HybridModel):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """A batch (INTERFACES, cut by `ContextParallel.cut`), on the CPU or the device: `tokens` and `positions`
-        [batch, sequence / context], `document_ids` [batch, sequence]; in training with dropout `sample_ids`, with
-        experts `loss_weights` and `loss_factor`.
+        [batch, sequence / context], `document_ids` and, of prefix LM, `prefix` [batch, sequence]; in training with
+        dropout `sample_ids`, with experts `loss_weights` and `loss_factor`.
 
         Returns:
             What `predict` gives on the last chunk; else hidden states
@@ -129,7 +129,10 @@ class LanguageModel(HybridModel):
             rotation=rotation,
             local_rotation=local,
             pieces=find_pieces(
-                batch["document_ids"].cpu(), held.chunks(sequence), causal=self.mask is AttnMaskType.causal
+                batch["document_ids"].cpu(),
+                held.chunks(sequence),
+                causal=self.mask is AttnMaskType.causal,
+                prefix=batch["prefix"].cpu() if "prefix" in batch else None,
             ),
             dropout_keys=keys,
             weights=weights,

@@ -175,6 +175,7 @@ class MaskedPredictionAndNextSentence:
 
 _MAKERS: dict[str, Callable[..., Objective]] = {
     ObjectiveName.causal_lm: Prediction,
+    ObjectiveName.prefix_lm: Prediction,
     ObjectiveName.masked_lm: MaskedPrediction,
     ObjectiveName.span_corruption: Prediction,
     ObjectiveName.masked_lm_next_sentence: MaskedPredictionAndNextSentence,

@@ -92,6 +92,18 @@ def _encoder(config: RunConfig, traits: Traits, generator: torch.Generator) -> d
     }
 
 
+def _prefix(config: RunConfig, traits: Traits, generator: torch.Generator) -> dict[str, Tensor]:
+    """The first quarter, half, or three quarters of each document."""
+    ids = _documents(config.train.global_batch_size, config.train.sequence_length, traits)
+    prefix = torch.zeros_like(ids, dtype=torch.bool)
+    for number, row in enumerate(ids):
+        begin = 0
+        for document, length in enumerate(row.unique_consecutive(return_counts=True)[1].tolist()):
+            prefix[number, begin : begin + max(1, length * (1 + (number + document) % 3) // 4)] = True
+            begin += length
+    return {"prefix": prefix}
+
+
 def _pairs(config: RunConfig, traits: Traits, generator: torch.Generator) -> dict[str, Tensor]:
     """Segments that change anywhere, and answers, one of which does not count."""
     samples, sequence = config.train.global_batch_size, config.train.sequence_length
@@ -106,6 +118,7 @@ def _pairs(config: RunConfig, traits: Traits, generator: torch.Generator) -> dic
 
 _MORE: Mapping[str, Callable[[RunConfig, Traits, torch.Generator], dict[str, Tensor]]] = {
     "causal": _nothing,
+    "prefix": _prefix,
     "masked": _nothing,
     "pairs": _pairs,
     "spans": _encoder,

@@ -32,8 +32,8 @@ def seen_by_each_query(pieces: Pieces) -> list[list[int]]:
     """Which tokens of the flattened batch each query may attend to, by brute force."""
     starts = [sum(pieces.documents[:index]) for index in range(len(pieces.documents))]
     return [
-        list(range(starts[document], starts[document] + keys - length + number + 1))
-        for length, document, _, keys, _ in pieces.queries
+        list(range(starts[document], starts[document] + (keys - length + number + 1 if causal else keys)))
+        for length, document, _, keys, causal in pieces.queries
         for number in range(length)
     ]
 
@@ -54,10 +54,37 @@ def test_the_pieces_of_two_chunks_see_their_documents_up_to_themselves(seed: int
         assert seen_by_each_query(pieces) == expected
 
 
-def attention_of_a_model(values: dict[str, Any]) -> tuple[list[float], bool]:
+@pytest.mark.parametrize("seed", range(5))
+def test_the_tokens_of_a_prefix_see_each_other_and_the_rest_what_is_before_it(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ids = (torch.rand(3, 16, generator=generator) < 0.2).cumsum(dim=1).int()
+    prefix = torch.zeros_like(ids, dtype=torch.bool)
+    for row, own in enumerate(ids):
+        for number in own.unique().tolist():
+            places = (own == number).nonzero().flatten()
+            known = int(torch.randint(0, len(places) + 1, (1,), generator=generator))
+            prefix[row, places[:known]] = True
+    for chunks in ([(0, 16)], [(0, 4), (12, 16)], [(4, 8), (8, 12)]):
+        pieces = find_pieces(ids, chunks, prefix=prefix)
+        assert pieces is not None
+        expected = [
+            [
+                row * 16 + other
+                for other in range(16)
+                if ids[row, other] == ids[row, place] and (other <= place or prefix[row, [other, place]].all())
+            ]
+            for row in range(3)
+            for first, last in chunks
+            for place in range(first, last)
+        ]
+        assert seen_by_each_query(pieces) == expected
+
+
+def attention_of_a_model(values: dict[str, Any], objective: str) -> tuple[list[float], bool]:
     """Of each layer the largest difference to a dense mask; whether another document's text left the logits alone."""
     case = tiny(zero_stage=0, dtype=torch.float64)
-    case = replace(case, config=replace(case.config, model=replace(case.config.model, **values)))
+    train = replace(case.config.train, objective=objective)
+    case = replace(case, config=replace(case.config, model=replace(case.config.model, **values), train=train))
     config = case.config.model
     engine = engine_of(case)
     model = engine.updater.module.chunks[0]
@@ -71,7 +98,10 @@ def attention_of_a_model(values: dict[str, Any]) -> tuple[list[float], bool]:
         layer.self_attention.core_attention.register_forward_hook(look, with_kwargs=True)
     logits = model(inputs)
     ids = inputs["document_ids"]
-    differences = [(_dense(config, layer, one, ids) - one["out"]).abs().max().item() for layer, one in enumerate(seen)]
+    prefix = inputs.get("prefix", torch.zeros_like(ids, dtype=torch.bool))
+    differences = [
+        (_dense(config, layer, one, ids, prefix) - one["out"]).abs().max().item() for layer, one in enumerate(seen)
+    ]
     changed = dict(inputs, tokens=inputs["tokens"].clone())
     first = ids == 0
     changed["tokens"][first] = (changed["tokens"][first] + 1) % 256
@@ -80,7 +110,9 @@ def attention_of_a_model(values: dict[str, Any]) -> tuple[list[float], bool]:
     return differences, untouched
 
 
-def _dense(config: ModelConfig, layer: int, seen: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
+def _dense(
+    config: ModelConfig, layer: int, seen: dict[str, Any], ids: torch.Tensor, prefix: torch.Tensor
+) -> torch.Tensor:
     """What the layer's attention has to give, by a mask over whole rows."""
     window = config.window(layer)
     context = seen["context"]
@@ -93,7 +125,8 @@ def _dense(config: ModelConfig, layer: int, seen: dict[str, Any], ids: torch.Ten
         scores = config.attention_softcap * (scores / config.attention_softcap).tanh()
     length = ids.shape[1]
     back = torch.arange(length)[:, None] - torch.arange(length)
-    allowed = (ids[:, :, None] == ids[:, None, :]) & (back >= 0) & (back < (window or length))
+    both = prefix[:, :, None] & prefix[:, None, :]
+    allowed = (ids[:, :, None] == ids[:, None, :]) & ((back >= 0) | both) & (back.abs() < (window or length))
     weights = scores.masked_fill(~allowed[:, None], -torch.inf).softmax(dim=-1)
     return torch.einsum("bhij,jbhd->ibhd", weights, value).flatten(2)
 
@@ -109,9 +142,10 @@ def _dense(config: ModelConfig, layer: int, seen: dict[str, Any], ids: torch.Ten
     ],
     ids=["plain", "window", "alternating", "capped", "partly-turned"],
 )
+@pytest.mark.parametrize("objective", ["causal_lm", "prefix_lm"])
 @pytest.mark.distributed
-def test_documents_attend_within_themselves_and_leak_nothing(values: dict[str, Any]) -> None:
-    ((differences, untouched),) = run_world(attention_of_a_model, 1, values)
+def test_documents_attend_within_themselves_and_leak_nothing(values: dict[str, Any], objective: str) -> None:
+    ((differences, untouched),) = run_world(attention_of_a_model, 1, values, objective)
     assert len(differences) == 4
     assert max(differences) < 1e-14
     assert untouched

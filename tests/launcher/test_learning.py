@@ -1,0 +1,76 @@
+"""Learning is real: each objective gets below what needs no model, and before it has learnt none does.
+
+The text is this repository's own definitions and docstrings, held-out ones for the evaluation. A baseline is what
+`bloomery evaluate` states beside the losses: held-out labels coded by how frequent each token was in training, and for
+pairs of segments a coin.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launcher.test_encoders import BERT, T5
+from tests.launcher.tiny import ROOT, configuration, run, store_of
+
+pytestmark = [pytest.mark.distributed, pytest.mark.truth]
+
+SHORTEST, LONGEST = 60, 450  # letters; most definitions then fit into a row, so that pairs know where one begins
+MODEL: dict[str, Any] = {"layers": 2, "hidden_size": 64, "heads": 4, "ffn_hidden_size": 128, "initial_std": 0.1}
+OBJECTIVES: dict[str, tuple[int, dict[str, Any]]] = {
+    "causal_lm": (60, {}),
+    "fill_in_the_middle": (60, {"data": {"fill_in_the_middle": {"rate": 0.9}}}),
+    "prefix_lm": (60, {"train": {"objective": "prefix_lm"}}),
+    "masked_lm": (250, {"model": {**BERT, "next_sentence": False}}),
+    "masked_lm_next_sentence": (300, {"model": BERT, "train": {"sequence_length": 96}}),
+    "span_corruption": (100, {"model": T5}),
+}
+"""Steps, and what is said beside."""
+
+
+@pytest.fixture(scope="module")
+def definitions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of what stands between two blank lines and the next in this repository's modules."""
+    files = sorted(
+        file for room in ("data_pipeline", "launcher", "model", "parallel") for file in (ROOT / room).rglob("*.py")
+    )
+    texts = [f"{part}\n" for file in files for part in file.read_text().split("\n\n\n")]
+    kept = [text for text in texts if SHORTEST < len(text) < LONGEST]
+    mixed = [text for first in range(7) for text in kept[first::7]]
+    return store_of(tmp_path_factory.mktemp("definitions") / "store", {"code": mixed})
+
+
+def evaluation(config: Path, directory: Path, *overrides: str) -> dict[str, Any]:
+    """What `bloomery evaluate` says after a run."""
+    codes, said = run("train", config, f"run.dir={directory}", *overrides)
+    assert codes == [0], said
+    codes, said = run("evaluate", directory)
+    assert codes == [0], said
+    return json.loads((directory / "evaluation.json").read_text())
+
+
+def parts(found: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Each part of a loss and its baseline."""
+    if "overall" in found:
+        return {"loss": (found["overall"]["bits_per_byte"], found["overall"]["unigram_bits_per_byte"])}
+    return {name: (found["losses"][name], baseline) for name, baseline in found["baselines"].items()}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_it_learns_what_needs_looking(objective: str, definitions: Path, tmp_path: Path) -> None:
+    steps, sections = OBJECTIVES[objective]
+    train = {"steps": steps, "global_batch_size": 16, "micro_batch_size": 16, "sequence_length": 64}
+    config = configuration(
+        tmp_path,
+        definitions,
+        model={**MODEL, **sections.get("model", {})},
+        train={**train, "log_every_steps": 50, **sections.get("train", {})},
+        optimizer={"learning_rate": 4e-3, "schedule": {"warmup_steps": 20}},
+        checkpoint={"every_steps": 1000},
+        data={"store": str(definitions), **sections.get("data", {})},
+    )
+    fresh = ("train.steps=1", "optimizer.learning_rate=1e-9", "optimizer.schedule.warmup_steps=0")
+    before = parts(evaluation(config, tmp_path / "fresh", *fresh))
+    after = parts(evaluation(config, tmp_path / "run"))
+    print(objective, before, after)
