@@ -1,8 +1,9 @@
 """A checkpoint on the validation documents by its own objective, where bits of text mean nothing: covered tokens, pairs
 of segments, spans.
 
-Beside the loss of each part stands what needs no model: the same labels coded by the frequencies of the training
-tokens, and for pairs the ln 2 of a coin. What is covered is the same each time.
+Beside the loss of each part stands what needs no model: the entropy of the labels themselves, which no guess that is
+the same everywhere gets below (marks count, so a T5 has to know its own), and for pairs the ln 2 of a coin. What is
+covered is the same each time.
 """
 
 import logging
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.store import TRAINING, Store
+from data_pipeline.store import Store
 from launcher.assemble import make_engine, vocabulary_size
 from launcher.evaluation import result
 from launcher.evaluation.validation import validation_batches
@@ -36,28 +37,30 @@ COIN = math.log(2)
 logger = logging.getLogger(__name__)
 
 
-def unigram_nats(store: Store) -> Tensor:
-    """Nats of each token by the frequencies of the training tokens plus one, [vocabulary] float64."""
-    counts = torch.from_numpy(store.token_counts(split=TRAINING) + 1).double()
-    return -(counts / counts.sum()).log()
+def entropy(counts: Tensor) -> float:
+    """Nats of something that is drawn by these counts."""
+    shares = counts[counts > 0] / counts.sum()
+    return -float((shares * shares.log()).sum())
 
 
-def evaluate(engine: Engine, batches: Iterable[Batch], nats: Tensor) -> dict[str, Any]:
+def evaluate(engine: Engine, batches: Iterable[Batch], rows: int) -> dict[str, Any]:
     """`losses` of the whole and of each part that the objective reports, `baselines`, and how many labels counted; all
-    ranks call this together."""
-    total = torch.zeros(3, dtype=torch.float64)  # loss, unigram, weight
+    ranks call this together. `rows` is the size of the vocabulary."""
+    total = torch.zeros(2, dtype=torch.float64)  # loss, weight
+    counts = torch.zeros(rows, dtype=torch.float64)
     reported: dict[str, Tensor] = {}
     for batch in batches:
         found = engine.evaluate(batch)
-        weights = batch["loss_weights"].double()
-        unigram = (nats[batch["labels"]] * weights).sum().to(engine.topology.device)
-        dist.all_reduce(unigram, group=engine.topology.groups.dp)
+        counts += torch.bincount(batch["labels"].flatten(), batch["loss_weights"].double().flatten(), rows)
         weight = found.weight.item()
-        total += torch.tensor([found.loss.item() * weight, unigram.item(), weight], dtype=torch.float64)
+        total += torch.tensor([found.loss.item() * weight, weight], dtype=torch.float64)
         for name, pair in found.reported.items():
             reported[name] = reported[name] + pair if name in reported else pair
-    loss, unigram, weight = total.tolist()
-    baselines = {"loss": unigram / weight, **{name: unigram / weight for name in reported if name == "masked_loss"}}
+    loss, weight = total.tolist()
+    counts = counts.to(engine.topology.device)
+    dist.all_reduce(counts, group=engine.topology.groups.dp)
+    unigram = entropy(counts)
+    baselines = {"loss": unigram, **{name: unigram for name in reported if name == "masked_loss"}}
     if "next_sentence_loss" in reported:
         baselines |= {"next_sentence_loss": COIN, "next_sentence_accuracy": 0.5, "loss": baselines["loss"] + COIN}
     return {"losses": {"loss": loss / weight, **means(reported)}, "baselines": baselines, "tokens": int(weight)}
@@ -76,7 +79,7 @@ def _evaluated(job: EvaluateJob, ranks: Ranks) -> Outcome:
     engine = make_engine(config, vocabulary_size=rows, topology=topology, objective=objective_of(config))
     load(checkpoint.path, {"model": engine.participants()["model"]})
     batches = validation_batches(config, store=store, topology=topology)
-    found = {**result.identity(checkpoint, store), **evaluate(engine, batches, unigram_nats(store))}
+    found = {**result.identity(checkpoint, store), **evaluate(engine, batches, rows)}
     if ranks.rank == 0:
         path = result.write(checkpoint, found)
         if job.copy is not None:

@@ -30,7 +30,7 @@ from parallel.common.units import format_bytes, format_count
 
 NAME = "evaluation.json"
 _LEGEND = "Unigram knows only how frequent each token is; xz -9 compresses the same bytes."
-_LEGEND_OF_LOSSES = "Without a model: the frequencies of the tokens alone, and a coin for pairs of segments."
+_LEGEND_OF_LOSSES = "Without a model: the frequencies of the labels alone, and a coin for pairs of segments."
 
 
 def summarise(checkpoint: Checkpoint, store: Store, sums: Mapping[str, tuple[float, float]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import transformers
 
-from launcher.verbs.conversion import export_main
+from launcher.verbs.conversion import export_main, import_main
 from tests.launcher.test_conversion import in_process
 from tests.launcher.tiny import configuration, run
 
@@ -59,6 +59,28 @@ def test_thirty_steps_resume_to_the_bit_and_are_exported(name: str, store: Path,
     codes, said = run("generate", directory / "run", "--prompt", "iron")
     assert codes == [2]
     assert "does not continue texts" in said
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_exported_comes_back_with_the_same_evaluation(name: str, store: Path, tmp_path: Path) -> None:
+    config = make(tmp_path / "x", store, name, train={"steps": 10})
+    codes, said = run("train", config)
+    assert codes == [0], said
+    assert in_process(export_main, tmp_path / "x" / "run", "--output", tmp_path / "hf") == 0
+    assert in_process(import_main, tmp_path / "hf", "--output", tmp_path / "imported") == 0
+    still = ("optimizer.learning_rate=1e-12", "optimizer.schedule.warmup_steps=0", "optimizer.weight_decay=0")
+    start = (f"checkpoint.load={tmp_path / 'imported'}", "checkpoint.load_parts=weights", "train.steps=1")
+    codes, said = run("train", config, f"run.dir={tmp_path / 'again'}", *start, *still)
+    assert codes == [0], said
+    found = []
+    for directory in (tmp_path / "x" / "run", tmp_path / "again"):
+        codes, said = run("evaluate", directory)
+        assert codes == [0], said
+        assert "Nats a label" in said
+        found.append(json.loads((directory / "evaluation.json").read_text()))
+    assert found[1]["losses"] == pytest.approx(found[0]["losses"], rel=1e-5)
+    assert found[1]["baselines"] == found[0]["baselines"]
+    assert found[1]["tokens"] == found[0]["tokens"] > 100
 
 
 @pytest.mark.parametrize(
