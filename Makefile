@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python -P
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slurm lint format reference bench faults-table clean
+.PHONY: help venv quickstart test test-slurm docs-test lint format reference bench faults-table clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -20,6 +20,9 @@ test: venv ## the tests
 
 test-slurm: venv ## all faults of a cluster, on a real Slurm of four nodes (as root; installs Debian's packages)
 	@BLOOMERY_TEST_SLURM=1 $(PYTHON) -m pytest -n 3 tests/slurm
+
+docs-test: venv ## run every command of README and docs/ that a CPU can run (a quarter of an hour)
+	@PYTHONPATH=. $(PYTHON) -m tests.accept_docs
 
 lint: venv ## ruff and pyright
 	@$(PYTHON) -m ruff check .

@@ -192,6 +192,11 @@ def save(config: RunConfig, path: Path) -> None:
     write_text(path, as_yaml(config))
 
 
+def save_section(config: RunConfig, section: str, path: Path) -> None:
+    """Writes one section, such as `model`, as YAML to stand before other files."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create({section: to_dict(config)[section]})))
+
+
 def as_yaml(config: RunConfig) -> str:
     """The whole tree as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))

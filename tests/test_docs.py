@@ -1,18 +1,22 @@
 """What the documentation names exists: files, links, keys of the configuration, verbs and their options.
 
-The pages are read as text; none of their commands is run here.
+The pages are read as text; `make docs-test` (tests/accept_docs.py) runs their commands.
 """
 
 import re
+import textwrap
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from launcher import cli, reference
+from tests.accept_docs import idle_rows
+from tests.documented.commands import PAGES, ROOT, commands
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 _SECTIONS = {key.split(".")[0] for key in reference.all_keys() if "." in key}
 _TOP = "docs|configs|tests|benchmarks|slurm|launcher|model|parallel|data_pipeline"
 _FILES = re.compile(rf"(?<![\w./~-])((?:{_TOP})/[\w./-]+)")
@@ -44,6 +48,39 @@ def test_keys_exist(page: Path) -> None:
     named = {key for key in named if not (ROOT / key.split(".")[0] / f"{key.split('.')[-1]}.py").exists()}
     wrong = {key for key in named if key not in known and not _inside_a_list(key, known) and not _attribute(key)}
     assert not sorted(wrong)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_each)
+def test_keys_of_yaml_blocks_exist(page: Path) -> None:
+    known = reference.all_keys()
+    named = {key for block in _yaml_blocks(page.read_text()) for key in _flat(block)}
+    assert not sorted(key for key in named if key not in known and not _inside_a_list(key, known))
+
+
+def _yaml_blocks(text: str) -> Iterator[dict[str, Any]]:
+    """Indented and fenced blocks that are a part of a configuration: every word at their left edge is a section."""
+    fenced = re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    indented = re.findall(r"(?:^    .*\n|^\n(?=    ))+", text, re.MULTILINE)
+    for block in [*fenced, *map(textwrap.dedent, indented)]:
+        try:
+            read = yaml.safe_load(block)
+        except yaml.YAMLError:
+            continue
+        if isinstance(read, dict) and set(read) <= _SECTIONS:
+            yield read
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of the keys; a mapping whose keys are the user's own names (weights by source) is one value."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and any(each.startswith(f"{name}.") for each in reference.all_keys()):
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name
+        for each in value if isinstance(value, list) else []:
+            if isinstance(each, dict):
+                yield from _flat(each, f"{name}[].")
 
 
 def _ours(page: Path) -> str:
@@ -95,6 +132,10 @@ def _help(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str | N
         code = left.code
     printed = capsys.readouterr().out
     return printed if code in (0, None) else None
+
+
+def test_what_is_said_of_commands_that_do_not_run_here_fits_some() -> None:
+    assert not idle_rows([command for page in PAGES for command in commands(page)])
 
 
 def test_the_reference_is_what_the_code_says() -> None:

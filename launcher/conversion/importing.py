@@ -60,6 +60,7 @@ def _imported(job: ImportJob, ranks: Ranks) -> Outcome:
         run = RunDirectory(beside)
         _write_step(run.checkpoints, config, foreign, kinds, job.format, ranks.attempt)
         configuration.save(config, run.config)
+        configuration.save_section(config, "model", beside / "model.yaml")
         if foreign.tokenizer is not None:
             foreign.tokenizer.save(beside / "tokenizer.json")
         if job.check and foreign.reference is not None:
@@ -72,6 +73,7 @@ def _imported(job: ImportJob, ranks: Ranks) -> Outcome:
     count = format_count(parameter_count(model, model.vocabulary_size, config.train.sequence_length))
     held = "weights" if len(kinds) == 1 else f"weights, and moments after {source.steps} steps"
     logger.info("%s: a %s of %s parameters, step 0 of a run: %s", job.output, model.family.value, count, held)
+    logger.info("go on from it: bloomery train %s/model.yaml CONFIG checkpoint.load=%s", job.output, job.output)
     return Outcome(attempt=ranks.attempt, exit_code=0, message=f"imported to {job.output}")
 
 

@@ -94,6 +94,7 @@ def test_an_import_trains_on(theirs: Path, tmp_path: Path, store: Path) -> None:
     """Its model block is a configuration's, and its weights are where a run starts."""
     assert in_process(import_main, theirs, "--output", tmp_path / "imported", "--no-check") == 0
     model = configuration.load([tmp_path / "imported" / "config.yaml"]).model
+    assert configuration.load([tmp_path / "imported" / "model.yaml"]).model == model
     assert replace(model, vocabulary_size=None).hidden_size == 48
     assert model.vocabulary_size == 256
     assert model.unpadded_vocabulary_size == 250
