@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from data_pipeline.builders import Causal, SampleBuilder, Setting
+from data_pipeline.examples.rows import Answers, Classes, EncoderClasses, Targets
 from data_pipeline.masking import Masked
 from data_pipeline.pairs import Pairs
 from data_pipeline.prefix import Prefix
@@ -15,6 +16,10 @@ BUILDERS: dict[str, Callable[[Setting], SampleBuilder]] = {
     "masked": Masked,
     "pairs": Pairs,
     "spans": Spans,
+    "answers": Answers,
+    "targets": Targets,
+    "classes": Classes,
+    "encoder_classes": EncoderClasses,
 }
 
 

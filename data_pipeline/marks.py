@@ -6,7 +6,10 @@ published model goes on with what it knows; otherwise one of the 64 reserved tok
     reserved 00 01 02    fill-in-the-middle (`middle`)
     reserved 03          covers a token (masked language modelling)
     reserved 04 05       first token of a pair of segments, and the end of each
-    reserved 06 to 15    free, for chat
+    reserved 06 07       around what an example teaches (`examples.kinds`)
+    reserved 08 09       around a turn of a conversation
+    reserved 10          between the examples of a row
+    reserved 11 to 15    free
     reserved 16 to 63    48 sentinels (span corruption)
 """
 

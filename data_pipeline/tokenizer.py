@@ -162,6 +162,15 @@ class Tokenizer:
         """Ids of each text, on all cores; nothing is put before or after it, and special tokens are only text."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_marked(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of one text in which names of special tokens are those tokens, and where each begins, in characters."""
+        self._backend.encode_special_tokens = False
+        try:
+            found = self._backend.encode(text, add_special_tokens=False)
+        finally:
+            self._backend.encode_special_tokens = True
+        return found.ids, [first for first, _ in found.offsets]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; special tokens appear by name, ids beyond the vocabulary as nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=False)

@@ -2,7 +2,7 @@
 
 bloomery data build CONFIG... [key=value ...] [--overwrite]
 bloomery data grow CONFIG... [key=value ...]
-bloomery data dedup | decontaminate | train-tokenizer | tokenize INPUT... --output PLACE
+bloomery data dedup | decontaminate | train-tokenizer | tokenize | examples INPUT... --output PLACE
 bloomery data stats | inspect | check | report STORE
 """
 
@@ -13,7 +13,7 @@ from data_pipeline.build import build
 from data_pipeline.growth.job import grow
 from launcher.config import load, require
 from launcher.report.store_page import write_store_page
-from launcher.verbs import data_alone, data_look
+from launcher.verbs import data_alone, data_examples, data_look
 from launcher.verbs.train import split
 
 _EPILOG = """\
@@ -56,6 +56,7 @@ def main(arguments: list[str]) -> int:
     word.add_argument("config", nargs="+", metavar="CONFIG|key=value", help="YAML files, then overrides")
     word.set_defaults(run=_grow)
     data_alone.add_words(words)
+    data_examples.add_word(words)
     data_look.add_words(words)
     options = parser.parse_args(arguments)
     return options.run(options)

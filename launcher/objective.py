@@ -7,6 +7,7 @@ from data_pipeline.plan import Plan
 from launcher.config import RunConfig
 from launcher.length import ramp
 from model import families, objectives
+from model.config import ObjectiveName
 from parallel.engine import Objective
 
 
@@ -19,10 +20,13 @@ def objective_of(config: RunConfig, *, sources: Sequence[str] = ()) -> Objective
 def travelling_length(config: RunConfig) -> int:
     """Tokens of a row that pass from stage to stage of a pipeline: a decoder's beside its encoder's."""
     length = config.train.sequence_length
-    return length + (config.data.spans.target_length(length) if config.model.decoder_layers is not None else 0)
+    if config.model.decoder_layers is None:
+        return length
+    whole = families.objective(config.model, config.train.objective) == ObjectiveName.seq2seq
+    return length + (length if whole else config.data.spans.target_length(length))
 
 
 def plan_of(config: RunConfig) -> Plan:
     """What the run asks of its loader, the form of its samples among it."""
-    plan = Plan.of(config.data, families.SAMPLES[families.objective(config.model, config.train.objective)])
+    plan = Plan.of(config.data, families.form(config.model, config.train.objective))
     return replace(plan, ramp=ramp(config))

@@ -11,10 +11,12 @@ import torch.distributed as dist
 from launcher.assemble import Parts
 from launcher.config import RunConfig
 from launcher.places import find_step
+from model.families import begins_anew
 from parallel.checkpoint.agreement import agreed, exchange
 from parallel.checkpoint.manifest import Manifest
 from parallel.common.errors import UserError
 from parallel.config import LoadParts
+from parallel.updater import Kind
 
 _PARTS = {LoadParts.weights: ("model",), LoadParts.weights_and_moments: ("model", "optimizer", "schedule")}
 
@@ -38,7 +40,12 @@ def begin(parts: Parts, config: RunConfig) -> Path | None:
     if "optimizer" in names:
         with agreed(f"load the checkpoint {origin}"):
             _check_optimizer(origin, config.optimizer.name)
-    parts.checkpoints.load(origin, {name: parts.participants[name] for name in names})
+    anew = config.checkpoint.load_parts is LoadParts.weights
+    parts.checkpoints.load(
+        origin,
+        {name: parts.participants[name] for name in names},
+        may_differ=lambda name: anew and begins_anew(config.model, name.removeprefix(f"{Kind.weight}.")),
+    )
     if config.checkpoint.load_parts is LoadParts.weights_and_moments:
         parts.engine.restart_schedule()
     if parts.progress.done:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 
 from data_pipeline.config import training_problems
+from data_pipeline.examples.kinds import Facts, Kind
 from data_pipeline.store import Store
 from launcher.anomaly.config import Policy
 from launcher.config import RunConfig, flatten, missing, to_dict
@@ -17,7 +18,7 @@ from launcher.length_rules import length_problems
 from launcher.optimizer_rules import optimizer_problems
 from launcher.watching_rules import watching_problems
 from model import families
-from model.config import ModelConfig, ObjectiveName, Position, RopeScaling
+from model.config import Classified, ModelConfig, ObjectiveName, Position, RopeScaling
 from parallel.checkpoint.mirror import place
 from parallel.common.errors import ConfigError, Problem
 from parallel.config import BestMetric
@@ -45,7 +46,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "run.seed", "train.z_loss", "model.moe.experts", "model.moe.first_layer", "model.moe.load_balance_loss",
-    "model.moe.z_loss", "model.moe.bias_loss",
+    "model.moe.z_loss", "model.moe.bias_loss", "model.classes.number",
     "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.schedule.warmup_steps",
     "optimizer.schedule.min_learning_rate", "checkpoint.keep_best", "anomaly.tries",
 )  # fmt: skip
@@ -204,6 +205,39 @@ def _rotary(model: ModelConfig) -> Iterator[Problem]:
         yield Problem(key="model.rope_scaling.beta_fast", got=scaling.beta_fast, legal=legal)
 
 
+_KINDS = {
+    "answers": (Kind.answers,),
+    "targets": (Kind.answers,),
+    "classes": (Kind.text_classes, Kind.token_classes),
+    "encoder_classes": (Kind.text_classes, Kind.token_classes),
+}
+"""The examples that a form of samples is made of; the others are made of plain text."""
+
+
+def _examples(config: RunConfig, store: Store) -> Iterator[Problem]:
+    """What an objective learns from is what the store holds."""
+    facts = Facts.read(store.path)
+    wanted = families.objective(config.model, config.train.objective)
+    kinds = _KINDS.get(families.form(config.model, config.train.objective), ())
+    if facts is None and kinds:
+        legal = f"a store of {' or '.join(kinds)}, which `bloomery data examples` makes, for train.objective={wanted}"
+        yield Problem(key="data.store", got=config.data.store, legal=legal)
+    if facts is None:
+        return
+    if facts.kind not in kinds and wanted not in families.OWN:
+        legal = f"one that learns from examples of {facts.kind.value}, which {config.data.store} holds"
+        yield Problem(key="train.objective", got=str(wanted), legal=legal)
+    number, of = config.model.classes.number, config.model.classes.of
+    if kinds and facts.labels and number != len(facts.labels):
+        legal = f"{len(facts.labels)}, the classes of {config.data.store}: {', '.join(facts.labels)}"
+        yield Problem(key="model.classes.number", got=number, legal=legal)
+    if kinds and facts.labels and (of is Classified.tokens) != (facts.kind is Kind.token_classes):
+        legal = (
+            f"{'tokens' if facts.kind is Kind.token_classes else 'texts'}, of which {config.data.store} tells classes"
+        )
+        yield Problem(key="model.classes.of", got=of.value, legal=legal)
+
+
 def _against_store(config: RunConfig, store: Store) -> Iterator[Problem]:
     wanted = config.model.vocabulary_size
     if wanted is not None and wanted != store.vocabulary_size:
@@ -213,6 +247,7 @@ def _against_store(config: RunConfig, store: Store) -> Iterator[Problem]:
     if vocabulary % config.parallel.tensor:
         legal = f"a divisor of the vocabulary of {vocabulary}"
         yield Problem(key="parallel.tensor", got=config.parallel.tensor, legal=legal)
+    yield from _examples(config, store)
     known = sorted(store.sources)
     for name in config.data.mixture:
         if name not in known and store.ended:

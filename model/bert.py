@@ -34,7 +34,7 @@ class MaskedLanguageModel(LanguageModel):
             self.segments = SegmentEmbedding(layer_config)
             if config.norm_placement is NormPlacement.after:
                 self.embedding_norm = norm(layer_config, config.hidden_size, config.norm_eps)
-        if self.post_process:
+        if self.post_process and self.classifier is None:
             self.masked_head = MaskedHead(layer_config)
             self.output_bias = OutputBias(layer_config, self.vocab_size, topology)
             self.next_sentence_head = NextSentenceHead(layer_config, topology) if config.next_sentence else None
@@ -49,8 +49,10 @@ class MaskedLanguageModel(LanguageModel):
         hidden = hidden + self.segments(self.own(segment_ids.T))
         return self.dropped(hidden if self.embedding_norm is None else self.embedding_norm(hidden), context)
 
-    def predict(self, hidden: Tensor) -> tuple[Tensor, ...]:
+    def predict(self, hidden: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The logits; and with the head for it, those of the rows' pairs [batch, 2]: not following, following."""
+        if self.classifier is not None:
+            return self.classifier(hidden)
         answers = () if self.next_sentence_head is None else (self.next_sentence_head(hidden),)
         logits = super().predict(self.masked_head(hidden))
         assert isinstance(logits, Tensor)

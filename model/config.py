@@ -38,6 +38,12 @@ class ObjectiveName(StrEnum):
     """The same over pairs of segments, and of each pair whether one follows the other in a document."""
     span_corruption = "span_corruption"
     """Spans that were cut out of a document, from what is left of it (T5; Raffel et al., 2019, arXiv:1910.10683)."""
+    answers = "answers"
+    """Of an example only what it teaches: the assistant's turns, or the completion of a prompt."""
+    seq2seq = "seq2seq"
+    """The same, told by a decoder from what its encoder reads of the example."""
+    classification = "classification"
+    """Which of model.classes a text, or each of its words, is of."""
 
 
 class Norm(StrEnum):
@@ -200,6 +206,24 @@ class LatentConfig:
     """Width of one value head."""
 
 
+class Classified(StrEnum):
+    """What a class is of."""
+
+    texts = "texts"
+    """The whole of a text: read at its first token by an encoder, at its last one by a causal model."""
+    tokens = "tokens"
+    """Each word of a text, at the first of its tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassesConfig:
+    """A head that tells classes apart, in place of the output layer."""
+
+    number: int = 0
+    """Classes; 0: no such head, the model predicts tokens."""
+    of: Classified = Classified.texts
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """A Transformer; by default a Llama: RMSNorm, rotary positions, grouped queries, SwiGLU."""
@@ -256,6 +280,7 @@ class ModelConfig:
     """Distance from which on all keys share the last bucket."""
     next_sentence: bool = False
     """A head that says of a pair of segments whether one follows the other in its document (BERT)."""
+    classes: ClassesConfig = field(default_factory=ClassesConfig)
     dropout: float = 0.0
     """Share of elements dropped after the embedding and after each attention and MLP; the same ones in every layout."""
     moe: MoeConfig = field(default_factory=MoeConfig)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
 
-from model.config import FamilyName, ModelConfig, Norm, NormPlacement, ObjectiveName, Position
+from model.config import Classified, FamilyName, ModelConfig, Norm, NormPlacement, ObjectiveName, Position
 from parallel.common.errors import Problem
 
 
@@ -61,6 +61,9 @@ def encoder_problems(model: ModelConfig) -> Iterator[Problem]:
 def encoder_decoder_problems(model: ModelConfig) -> Iterator[Problem]:
     """What an encoder with a decoder cannot have."""
     yield from encoder_problems(model)
+    if model.classes.number:
+        legal = "0: a decoder tells a class as a text (train.objective=seq2seq)"
+        yield Problem(key="model.classes.number", got=model.classes.number, legal=legal)
     if model.decoder_layers is None or model.decoder_layers < 1:
         legal = "1 or more, the blocks behind the encoder of model.layers"
         yield Problem(key="model.decoder_layers", got=model.decoder_layers, legal=legal)
@@ -102,10 +105,20 @@ class Family:
     """Parameters beside blocks, norms, embeddings and output layer, from the vocabulary size."""
 
 
+def _classifier(model: ModelConfig, *, bias: bool) -> int:
+    return model.classes.number * (model.hidden_size + bias)
+
+
+def _causal_head(model: ModelConfig, _: int) -> int:
+    return _classifier(model, bias=model.classes.of is Classified.tokens)
+
+
 def _encoder_heads(model: ModelConfig, vocabulary_size: int) -> int:
     """Two segments' embeddings, the masked head with its norm, the output bias, and the next-sentence head."""
     hidden = model.hidden_size
     dense = hidden * hidden + hidden
+    if model.classes.number:
+        return 2 * hidden + (dense if model.classes.of is Classified.texts else 0) + _classifier(model, bias=True)
     masked = dense + hidden * (2 if model.norm is Norm.layer else 1)
     return 2 * hidden + masked + vocabulary_size + (dense + 2 * hidden + 2 if model.next_sentence else 0)
 
@@ -120,13 +133,19 @@ def _decoder(model: ModelConfig, vocabulary_size: int) -> int:
 
 
 def _encoder_objectives(model: ModelConfig) -> tuple[ObjectiveName, ...]:
+    if model.classes.number:
+        return (ObjectiveName.classification,)
     return (ObjectiveName.masked_lm_next_sentence if model.next_sentence else ObjectiveName.masked_lm,)
 
 
+def _causal_objectives(model: ModelConfig) -> tuple[ObjectiveName, ...]:
+    if model.classes.number:
+        return (ObjectiveName.classification,)
+    return ObjectiveName.causal_lm, ObjectiveName.prefix_lm, ObjectiveName.answers
+
+
 _CAUSAL = Family(
-    architecture=Architecture.causal,
-    objectives=lambda _: (ObjectiveName.causal_lm, ObjectiveName.prefix_lm),
-    problems=causal_problems,
+    architecture=Architecture.causal, objectives=_causal_objectives, problems=causal_problems, beside=_causal_head
 )
 _ENCODER = Family(
     architecture=Architecture.encoder,
@@ -138,7 +157,7 @@ _ENCODER = Family(
 
 _ENCODER_DECODER = Family(
     architecture=Architecture.encoder_decoder,
-    objectives=lambda _: (ObjectiveName.span_corruption,),
+    objectives=lambda _: (ObjectiveName.span_corruption, ObjectiveName.seq2seq),
     problems=encoder_decoder_problems,
     continues_text=False,
     beside=_decoder,
@@ -156,8 +175,11 @@ SAMPLES: dict[str, str] = {
     ObjectiveName.masked_lm: "masked",
     ObjectiveName.masked_lm_next_sentence: "pairs",
     ObjectiveName.span_corruption: "spans",
+    ObjectiveName.answers: "answers",
+    ObjectiveName.seq2seq: "targets",
+    ObjectiveName.classification: "classes",
 }
-"""The form of an objective's samples: the name of a builder of data_pipeline/builders.py."""
+"""The form of an objective's samples: a name in data_pipeline/forms.py."""
 
 
 def family(model: ModelConfig) -> Family:
@@ -178,3 +200,18 @@ def objectives(model: ModelConfig) -> tuple[str, ...]:
 def objective(model: ModelConfig, asked: str | None) -> str:
     """What a model is trained by: what was asked for, or its family's default."""
     return asked or objectives(model)[0]
+
+
+def form(model: ModelConfig, asked: str | None) -> str:
+    """The form of the samples that a model is trained on; a text that is read from both sides has one of its own."""
+    found = SAMPLES[objective(model, asked)]
+    return f"encoder_{found}" if found == "classes" and family(model).architecture is Architecture.encoder else found
+
+
+_HEADS = ("output_layer.", "masked_head.", "output_bias.", "next_sentence_head.", "classifier.")
+
+
+def begins_anew(model: ModelConfig, name: str) -> bool:
+    """Whether a parameter is one that fine-tuning may begin with its initial value, or leave behind: of a head, where
+    the model gets one for classes."""
+    return bool(model.classes.number) and name.startswith(_HEADS)

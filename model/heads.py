@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
@@ -25,18 +26,21 @@ from parallel.topology import Topology
 class Dense(torch.nn.Module):
     """A matrix and a bias that every tensor rank holds whole."""
 
-    def __init__(self, config: TransformerConfig, inputs: int, outputs: int, *, partial: bool) -> None:
+    def __init__(
+        self, config: TransformerConfig, inputs: int, outputs: int, *, partial: bool, bias: bool = True
+    ) -> None:
         """`partial`: each tensor rank sees other tokens, so the gradients are to be summed over them."""
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
-        self.bias = torch.nn.Parameter(torch.empty(outputs, dtype=config.params_dtype))
+        self.bias = torch.nn.Parameter(torch.empty(outputs, dtype=config.params_dtype)) if bias else None
         self.partial = partial
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
         weight, bias = self.weight, self.bias
         if self.partial:
-            weight, bias = copy_to_tensor_model_parallel_region(weight), copy_to_tensor_model_parallel_region(bias)
+            weight = copy_to_tensor_model_parallel_region(weight)
+            bias = None if bias is None else copy_to_tensor_model_parallel_region(bias)
         return linear(hidden, weight, bias)
 
 
@@ -89,6 +93,33 @@ class OutputBias(MegatronModule):
         return make_sharded_tensors_for_checkpoint(
             state, prefix, {"bias": 0}, sharded_offsets, tp_group=self.tp_group, dp_cp_group=self._dp_cp
         )
+
+
+class Classifier(torch.nn.Module):
+    """Logits of classes at every token, whole on each tensor rank; the objective's weights say which tokens count.
+
+    As `transformers` has it: an encoder tells the class of a text through a pooler; a causal model without a bias.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, topology: Topology, *, classes: int, pooled: bool, bias: bool
+    ) -> None:
+        super().__init__()
+        partial = config.sequence_parallel
+        self.pooler = Dense(config, config.hidden_size, config.hidden_size, partial=partial) if pooled else None
+        self.output = Dense(config, config.hidden_size, classes, partial=partial, bias=bias)
+        self._gathered = topology.sequence_parallel
+        self._group = topology.groups.tp
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[own, batch, hidden] -> [sequence / context, batch, classes]."""
+        if self.pooler is not None:
+            hidden = torch.tanh(self.pooler(hidden))
+        logits = self.output(hidden)
+        if not self._gathered:
+            return logits
+        # Every tensor rank computes the same loss from all of them: its gradient is cut, not added up.
+        return gather_from_sequence_parallel_region(logits, tensor_parallel_output_grad=False, group=self._group)
 
 
 class NextSentenceHead(torch.nn.Module):

@@ -4,6 +4,8 @@ megatron-core's `HybridModel` builds the embedding, the layers and the output; t
 few lines that pretraining needs, with positions and document borders per token.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.enums import AttnMaskType
@@ -12,8 +14,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from model.attention import find_pieces
-from model.config import ModelConfig, Position
+from model.config import Classified, ModelConfig, Position
 from model.dropout import drop, token_keys
+from model.heads import Classifier
 from model.layer_context import LayerContext
 from model.moe import summary, take_sums
 from model.rope import local_rotary_table, rotary_table
@@ -49,7 +52,7 @@ class LanguageModel(HybridModel):
             hybrid_layer_pattern=self.pattern(config, layout),
             pre_process=topology.is_first_pipeline_stage and chunk == 0,
             post_process=topology.is_last_pipeline_stage and chunk == layout.virtual_pipeline - 1,
-            share_embeddings_and_output_weights=config.tie_embeddings,
+            share_embeddings_and_output_weights=config.tie_embeddings and not config.classes.number,
             position_embedding_type="learned_absolute" if config.position is Position.learned else "none",
             pg_collection=topology.groups,
             vp_stage=chunk if layout.virtual_pipeline > 1 else None,
@@ -57,6 +60,17 @@ class LanguageModel(HybridModel):
         if self.pre_process:
             self.embedding.embedding_dropout = torch.nn.Dropout(0.0)  # ours follows in `forward`
             self.embedding.to(layer_config.params_dtype)  # the table of positions is made in float32
+        self.classifier = None
+        if self.post_process and config.classes.number:
+            encoder, of_texts = self.mask is AttnMaskType.padding, config.classes.of is Classified.texts
+            self.output_layer = None
+            self.classifier = Classifier(
+                layer_config,
+                topology,
+                classes=config.classes.number,
+                pooled=encoder and of_texts,
+                bias=encoder or not of_texts,
+            )
         self.description = config
         self.topology = topology
         self.seed = seed
@@ -107,11 +121,23 @@ class LanguageModel(HybridModel):
         return drop(hidden, context.dropout_keys, stream=0, share=self.description.dropout)
 
     def predict(self, hidden: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """The logits [sequence / context, batch, vocabulary / tensor] of what the last block gives, first."""
+        """Of what the last block gives the logits, first: [sequence / context, batch, vocabulary / tensor], or of all
+        classes."""
+        if self.classifier is not None:
+            return self.classifier(hidden)
+        assert self.output_layer is not None
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden, weight=weight)
         cap = self.description.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def sharded_state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """megatron-core's, which looks for an output layer on the last stage."""
+        last, self.post_process = self.post_process, self.post_process and self.classifier is None
+        try:
+            return super().sharded_state_dict(*arguments, **options)
+        finally:
+            self.post_process = last
 
     def context(self, batch: dict[str, Tensor]) -> LayerContext:
         """What the layers are to know of a batch's tokens."""

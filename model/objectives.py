@@ -173,12 +173,40 @@ class MaskedPredictionAndNextSentence:
         return loss + pairs * scale.to(pairs.dtype), weight, reported
 
 
+class Classification:
+    """Cross-entropy of the classes of texts or tokens, and how many were right; every tensor rank has all logits."""
+
+    def __init__(self, *, z_loss: float = 0.0) -> None:
+        self.z_loss = z_loss
+        self.reports: Sequence[str] = ("accuracy", *(("z_loss",) if z_loss else ()))
+
+    def __call__(
+        self, outputs: Tensor, batch: Mapping[str, Tensor], tensor_group: ProcessGroup
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Logits [sequence, batch, classes] -> loss sum [], weight sum [], what it reports."""
+        labels = batch["labels"].to(outputs.device, non_blocking=True).T
+        weights = batch["loss_weights"].to(outputs.device, non_blocking=True).T
+        logits = _exact(outputs)
+        losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        weight, loss = weights.sum(), (losses * weights).sum()
+        right = ((logits.argmax(dim=-1) == labels) * weights).sum()
+        reported = {"accuracy": torch.stack((right, weight))}
+        if self.z_loss:
+            squares = (logits.logsumexp(dim=-1).square() * weights).sum()
+            reported["z_loss"] = torch.stack((squares, weight)).detach()
+            loss = loss + self.z_loss * squares if torch.is_grad_enabled() else loss
+        return loss, weight, reported
+
+
 _MAKERS: dict[str, Callable[..., Objective]] = {
     ObjectiveName.causal_lm: Prediction,
     ObjectiveName.prefix_lm: Prediction,
     ObjectiveName.masked_lm: MaskedPrediction,
     ObjectiveName.span_corruption: Prediction,
     ObjectiveName.masked_lm_next_sentence: MaskedPredictionAndNextSentence,
+    ObjectiveName.answers: Prediction,
+    ObjectiveName.seq2seq: Prediction,
+    ObjectiveName.classification: Classification,
 }
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from model.config import ModelConfig, Norm, Position
+from model.config import Classified, ModelConfig, Norm, Position
 from model.size import has_experts, head_size
 from parallel.config import OptimizerConfig
 from parallel.memory import Size
@@ -62,7 +62,11 @@ def chunk_shapes(
         yield from _block(config, layer, expert)
     if last:
         yield from _norm(config, "decoder.final_norm", hidden)
-        if not (config.tie_embeddings and first):
+        if config.classes.number:
+            yield Shape(name="classifier.output.weight", whole=(config.classes.number, hidden), is_cut=False)
+            if config.classes.of is Classified.tokens:
+                yield Shape(name="classifier.output.bias", whole=(config.classes.number,), is_cut=False)
+        elif not (config.tie_embeddings and first):
             name = "embedding.word_embeddings.weight" if config.tie_embeddings else "output_layer.weight"
             yield Shape(name=name, whole=(vocabulary_size, hidden))
 

@@ -70,7 +70,8 @@ def parameter_count(config: ModelConfig, vocabulary_size: int, sequence_length: 
     if config.position is Position.learned:
         norms += (config.positions or sequence_length) * config.hidden_size
     beside = family(config).beside(config, vocabulary_size)
-    embeddings = vocabulary_size * config.hidden_size * (1 if config.tie_embeddings else 2) + beside
+    once = config.tie_embeddings or config.classes.number
+    embeddings = vocabulary_size * config.hidden_size * (1 if once else 2) + beside
     if config.moe.expert_bias:
         norms += config.moe.experts * sum(has_experts(config, layer) for layer in range(config.layers))
     return _matrices(config, active=False) + config.layers * _biases_and_head_norms(config) + norms + embeddings
@@ -81,7 +82,7 @@ def flops_per_token(config: ModelConfig, vocabulary_size: int, sequence_length: 
     embedding not; and attention over the sequence or a layer's window, halved where `causal` counts only the half that
     a causal mask leaves.
     """
-    matrices = _matrices(config, active=True) + config.hidden_size * vocabulary_size
+    matrices = _matrices(config, active=True) + config.hidden_size * (config.classes.number or vocabulary_size)
     reached = sum(_reached(config, layer, sequence_length) for layer in range(config.layers))
     values = config.latent.value_head_size if config.latent.kv_rank is not None else head_size(config)
     attention = 6 * config.heads * (head_size(config) + values) * reached

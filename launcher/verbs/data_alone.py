@@ -3,7 +3,7 @@
 import argparse
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,15 +37,20 @@ def add_inputs(parser: argparse.ArgumentParser, what: str = _INPUT) -> None:
     parser.add_argument("--id-field", default="id", help="field that holds the id (default: id; else made from place)")
 
 
-def sources_of(options: argparse.Namespace) -> list[SourceConfig]:
-    """One source for each input, named after it."""
+def names_of(inputs: Sequence[str]) -> list[str]:
+    """A name of its own for each input, after its file."""
     names: list[str] = []
-    for given in options.input:
+    for given in inputs:
         stem = re.sub(r"[^\w.-]+", "-", Path(given).name.split(".")[0] or "input").strip("-") or "input"
         names.append(stem if stem not in names else f"{stem}-{len(names) + 1}")
+    return names
+
+
+def sources_of(options: argparse.Namespace) -> list[SourceConfig]:
+    """One source for each input, named after it."""
     return [
         SourceConfig(name=name, path=given, text_field=options.text_field, id_field=options.id_field)
-        for name, given in zip(names, options.input, strict=True)
+        for name, given in zip(names_of(options.input), options.input, strict=True)
     ]
 
 

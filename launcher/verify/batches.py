@@ -57,15 +57,15 @@ def synthetic_batch(config: RunConfig, step: int, traits: Traits) -> dict[str, T
     if traits.silent_slices:
         length = sequence // traits.silent_slices
         weights[:, length - 1 :: length] = 0
-    form = families.SAMPLES[families.objective(config.model, config.train.objective)]
-    return _MORE.get(form, _nothing)(config, traits, generator) | {
+    form = families.form(config.model, config.train.objective)
+    return {
         "tokens": tokens[:, :-1].contiguous(),
         "labels": tokens[:, 1:].contiguous(),
         "loss_weights": weights,
         "positions": positions if traits.positioned else torch.zeros_like(positions),
         "document_ids": document_ids,
         "sample_ids": torch.arange(samples) + step * samples,
-    }
+    } | _MORE.get(form, _nothing)(config, traits, generator)
 
 
 def _documents(samples: int, sequence: int, traits: Traits) -> Tensor:
@@ -116,12 +116,22 @@ def _pairs(config: RunConfig, traits: Traits, generator: torch.Generator) -> dic
     }
 
 
+def _classes(config: RunConfig, traits: Traits, generator: torch.Generator) -> dict[str, Tensor]:
+    """A class for each token."""
+    shape = (config.train.global_batch_size, config.train.sequence_length)
+    return {"labels": torch.randint(0, config.model.classes.number, shape, generator=generator)}
+
+
 _MORE: Mapping[str, Callable[[RunConfig, Traits, torch.Generator], dict[str, Tensor]]] = {
     "causal": _nothing,
     "prefix": _prefix,
     "masked": _nothing,
     "pairs": _pairs,
     "spans": _encoder,
+    "targets": _encoder,
+    "answers": _nothing,
+    "classes": _classes,
+    "encoder_classes": _classes,
 }
 """What a form of sample has beside the fields that all have."""
 

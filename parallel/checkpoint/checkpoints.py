@@ -167,14 +167,25 @@ class Checkpoints:
         except Exception:
             logger.exception("the checkpoint in the background was not saved")
 
-    def load(self, path: Path, participants: Mapping[str, Stateful]) -> Manifest:
+    def load(
+        self,
+        path: Path,
+        participants: Mapping[str, Stateful],
+        *,
+        may_differ: Callable[[str], bool] = lambda _: False,
+    ) -> Manifest:
         """Gives each participant its state back from a step directory, after verifying it; every rank calls this.
+
+        Args:
+            path: the step directory.
+            participants: who gets a state back.
+            may_differ: whether a tensor, by its name, may be on one side alone.
 
         Raises:
             UserError: on all ranks; see `parallel.checkpoint.load`.
         """
         self.copied()
-        manifest = load(path, participants, self._group)
+        manifest = load(path, participants, self._group, may_differ=may_differ)
         logger.info("loaded %s, written by attempt %s in layout %s", path, manifest.attempt, manifest.layout)
         return manifest
 

@@ -5,7 +5,7 @@ refused by its name. No file's content is run as code; see `shards` for the tens
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,19 @@ from parallel.common.errors import UserError
 from parallel.common.stateful import Dispensable, Stateful
 
 
-def load(path: Path, participants: Mapping[str, Stateful], group: ProcessGroup | None = None) -> Manifest:
+def load(
+    path: Path,
+    participants: Mapping[str, Stateful],
+    group: ProcessGroup | None = None,
+    *,
+    may_differ: Callable[[str], bool] = lambda _: False,
+) -> Manifest:
     """Gives each participant its state back from the step directory `path`; every rank calls this.
 
     A participant with tensors is asked for its `state_dict()` first: its sharded tensors say which part of which
     global tensor this rank wants, in any layout. A participant that refuses its JSON state must do so on all ranks.
     Participants of the checkpoint that are not asked for are passed over, and so are `Dispensable` ones that it lacks.
+    So are tensors of which `may_differ`, told the name, says so: what the checkpoint lacks stays as it is.
 
     Raises:
         DamagedCheckpoint: on all ranks; a file is not what was written.
@@ -50,9 +57,10 @@ def load(path: Path, participants: Mapping[str, Stateful], group: ProcessGroup |
         for name, participant in participants.items()
         if manifest.participants[name] is not None
     }
-    _check_keys(path, manifest, templates, group)
+    _check_keys(path, manifest, templates, group, may_differ)
+    stored = {name for names in manifest.participants.values() for name in names or ()}
     with agreed(doing, group):
-        shards = [tensor for template in templates.values() for tensor in template.values()]
+        shards = [tensor for template in templates.values() for tensor in template.values() if tensor.key in stored]
         inside = {
             name.removeprefix(f"{TENSORS}/"): record
             for name, record in manifest.files.items()
@@ -84,7 +92,11 @@ def _json_states(path: Path, manifest: Manifest, participants: Mapping[str, Stat
 
 
 def _check_keys(
-    path: Path, manifest: Manifest, templates: Mapping[str, Mapping[str, ShardedTensor]], group: ProcessGroup | None
+    path: Path,
+    manifest: Manifest,
+    templates: Mapping[str, Mapping[str, ShardedTensor]],
+    group: ProcessGroup | None,
+    may_differ: Callable[[str], bool],
 ) -> None:
     """What the checkpoint holds for a participant is what the ranks ask for, together: nothing more, nothing less."""
     mine = {name: {tensor.key for tensor in template.values()} for name, template in templates.items()}
@@ -93,7 +105,7 @@ def _check_keys(
         wanted = set().union(*(rank[name] for rank in everywhere))
         stored = set(manifest.participants[name] or ())
         for here, there, text in ((wanted, stored, "does not have"), (stored, wanted, "has")):
-            surplus = sorted(here - there)
+            surplus = sorted(key for key in here - there if not may_differ(key))
             if surplus:
                 others = f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""
                 raise UserError(

@@ -1,0 +1,199 @@
+"""Fine-tuning as a user does it: conversations, pairs and classes, from a checkpoint of one's own."""
+
+import json
+import random
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.examples.kinds import CHAT_TEMPLATE, Facts
+from data_pipeline.loader import single_pass
+from data_pipeline.store import Store
+from data_pipeline.tokenizer import Tokenizer
+from launcher import config as run_configuration
+from launcher.assemble import make_engine, vocabulary_size
+from launcher.objective import objective_of, plan_of
+from launcher.verify.world import run_world
+from parallel.checkpoint.load import load
+from parallel.config import ParallelConfig
+from parallel.topology import Topology
+from tests.launcher.tiny import configuration, run, texts
+
+pytestmark = pytest.mark.distributed
+
+ANSWERS = {"iron": "ore", "clay": "fire", "air": "bellows", "slag": "hammer"}
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    """Questions that have an answer, behind turns that have none."""
+    chosen = random.Random(0)
+    found = []
+    for number in range(count):
+        turns = []
+        for asked in chosen.sample(sorted(ANSWERS), 1 + number % 2):
+            turns += [{"role": "user", "content": f"{asked} {chosen.choice(sorted(ANSWERS))}"}]
+            turns += [{"role": "assistant", "content": ANSWERS[asked]}]
+        found.append({"messages": turns})
+    return found
+
+
+def labelled(count: int) -> list[dict[str, str]]:
+    """Texts whose class is whether they begin with a word of the first half of the alphabet."""
+    words = [text.split() for text in texts("labels", count)]
+    return [{"text": " ".join(each[:8]), "label": "early" if each[0] < "f" else "late"} for each in words]
+
+
+def written(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
+    """The run of a pretrained model."""
+    directory = tmp_path_factory.mktemp("base")
+    codes, said = run("train", configuration(directory, store))
+    assert codes == [0], said
+    return directory / "run"
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
+    directory = tmp_path_factory.mktemp("chats")
+    file = written(directory / "chat.jsonl", conversations(60))
+    codes, said = run(
+        "data", "examples", file, "--tokenizer", store, "--output", directory / "store", "--validation-share", "0.2"
+    )
+    assert codes == [0], said
+    assert "examples of answers" in said
+    return directory / "store"
+
+
+def tuned(directory: Path, store: Path, base: Path, **sections: Any) -> Path:
+    directory.mkdir(exist_ok=True)
+    start = {"load": str(base), "load_parts": "weights", "every_steps": 20}
+    return configuration(directory, store, checkpoint=start, **sections)
+
+
+def losses(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_answers_are_learnt_from_a_checkpoint_on_two_tensor_ranks(base: Path, chats: Path, tmp_path: Path) -> None:
+    train = {"steps": 20, "sequence_length": 64, "objective": "answers"}
+    config = tuned(tmp_path / "tuned", chats, base, train=train, parallel={"tensor": 2}, evaluate={"every_steps": 20})
+    codes, said = run("train", config, ranks=2)
+    assert codes == [0, 0], said
+    assert "starting from the weights" in said
+    found = losses(tmp_path / "tuned")
+    assert found[-1]["validation_loss"] < found[0]["loss"] / 2
+
+
+@pytest.mark.truth
+def test_the_loss_is_that_of_each_conversation_alone_under_a_mask(base: Path, chats: Path, tmp_path: Path) -> None:
+    """Packed into rows, against each conversation by itself and a mask that is made of its text."""
+    train = {"steps": 20, "sequence_length": 64, "objective": "answers"}
+    config = run_configuration.load([tuned(tmp_path, chats, base, train=train)])
+    opened = Store.open(chats)
+
+    def compute() -> tuple[float, float, float, float]:
+        topology = Topology.create(ParallelConfig())
+        engine = make_engine(
+            config, vocabulary_size=vocabulary_size(config, opened), topology=topology, objective=objective_of(config)
+        )
+        load(next(iter(sorted((base / "checkpoints").glob("step-*12")))), {"model": engine.participants()["model"]})
+        sizes = {"sequence_length": 64, "global_batch_size": 4, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1}
+        total = weight = 0.0
+        for batch in single_pass(opened, "validation", plan=plan_of(config), **sizes):
+            result = engine.evaluate(batch)
+            total += float(result.loss * result.weight)
+            weight += float(result.weight)
+        engine.updater.module.eval()
+        alone, count = brute_force(engine.updater.module, opened)
+        return total, weight, alone, count
+
+    ((total, weight, alone, count),) = run_world(compute, 1)
+    assert weight == count
+    assert total == pytest.approx(alone, rel=1e-6)
+
+
+@torch.no_grad()
+def brute_force(model: torch.nn.Module, store: Store) -> tuple[float, float]:
+    """Summed loss and tokens of what the assistant says in the held-out conversations, each read alone."""
+    facts = Facts.read(store.path)
+    assert facts is not None
+    assert facts.chat_template == CHAT_TEMPLATE
+    from_ids = {}
+    tokenizer = Tokenizer.load(store.tokenizer)
+    for record in conversations(60):
+        text, mask = "", []
+        for message in record["messages"]:
+            head, body = f"<|reserved_08|>{message['role']}\n", f"{message['content']}<|reserved_09|>"
+            text, mask = text + head + body, mask + [0] * len(head) + [int(message["role"] == "assistant")] * len(body)
+        ids, starts = tokenizer.encode_marked(text)
+        from_ids[tuple(ids)] = [*(mask[start] for start in starts), 1]
+    total = count = 0.0
+    for shard in store.shards(split="validation"):
+        tokens, offsets = store.tokens(shard), store.document_offsets(shard).tolist()
+        for first, end in pairwise(offsets):
+            ids = [token for token in tokens[first : end - 1].tolist() if tokenizer.token(token) not in MARKS]
+            weights = torch.tensor(from_ids[tuple(ids)])
+            inputs = torch.tensor([[tokenizer.end_of_document, *ids]])
+            batch = {
+                "tokens": inputs,
+                "positions": torch.arange(inputs.shape[1])[None],
+                "document_ids": torch.zeros(inputs.shape, dtype=torch.int32),
+            }
+            logits = model(0, batch)[:, 0].float()
+            labels = torch.tensor([*ids, tokenizer.end_of_document])
+            found = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+            total, count = total + float((found * weights).sum()), count + float(weights.sum())
+    return total, count
+
+
+MARKS = ("<|reserved_06|>", "<|reserved_07|>")
+
+
+def test_classes_are_learnt_with_a_head_that_begins_anew(base: Path, store: Path, tmp_path: Path) -> None:
+    file = written(tmp_path / "labels.jsonl", labelled(300))
+    codes, said = run(
+        "data", "examples", file, "--tokenizer", store, "--output", tmp_path / "s", "--validation-share", "0.2"
+    )
+    assert codes == [0], said
+    assert "2 classes: early, late" in said
+    train = {"steps": 60, "sequence_length": 64, "global_batch_size": 8}
+    sections: dict[str, Any] = {
+        "train": train, "evaluate": {"every_steps": 60}, "parallel": {"pipeline": 2},
+        "model": {"classes": {"number": 2}},
+    }  # fmt: skip
+    codes, said = run("train", tuned(tmp_path / "tuned", tmp_path / "s", base, **sections), ranks=2)
+    assert codes == [0, 0], said
+    found = losses(tmp_path / "tuned")[-1]
+    assert found["validation_accuracy"] > 0.9
+    # The head is in the run's own checkpoint: another run starts from all of it.
+    again = tuned(tmp_path / "again", tmp_path / "s", tmp_path / "tuned" / "run", **sections | {"parallel": {}})
+    codes, said = run("train", again, "train.steps=3", "evaluate.every_steps=3", "optimizer.learning_rate=1e-9")
+    assert codes == [0], said
+    assert losses(tmp_path / "again")[-1]["validation_accuracy"] == pytest.approx(found["validation_accuracy"])
+
+
+def test_what_does_not_fit_is_told(base: Path, store: Path, chats: Path, tmp_path: Path) -> None:
+    for number, (place, sections, sentence) in enumerate(
+        (
+            (chats, {}, "train.objective is 'causal_lm': expected one that learns from examples of answers"),
+            (store, {"train": {"objective": "answers"}}, "data.store is"),
+            (chats, {"model": {"classes": {"number": 2}}}, "train.objective is 'classification'"),
+            (store, {"model": {"classes": {"number": 2}}, "train": {"objective": "causal_lm"}}, "train.objective"),
+        )
+    ):
+        (tmp_path / str(number)).mkdir()
+        codes, said = run("train", tuned(tmp_path / str(number), place, base, **sections))
+        assert codes == [2], said
+        assert sentence in said
+    codes, said = run("data", "examples", tmp_path / "none.jsonl", "--tokenizer", store, "--output", tmp_path / "x")
+    assert (codes, "there is no file" in said) == ([2], True)
+    codes, said = run("train", tuned(tmp_path / "0", store, base, model={"hidden_size": 64, "ffn_hidden_size": 48}))
+    assert codes == [2]
