@@ -60,21 +60,21 @@ class _VocabularyParallelCrossEntropy(torch.autograd.Function):
         return (probabilities if more is None else probabilities.add_(more)), None, None, None
 
 
-def token_losses(logits: Tensor, labels: Tensor, tensor_group: ProcessGroup) -> Tensor:
+def token_losses(logits: Tensor, labels: Tensor, tensor_group: ProcessGroup | None) -> Tensor:
     """Cross-entropy of each token in nats, float32 (float64 for float64 logits).
 
     Args:
-        logits: [sequence, batch, vocabulary / tensor], the vocabulary cut over `tensor_group`.
+        logits: [sequence, batch, vocabulary / tensor], the vocabulary cut over `tensor_group`; None: it is whole.
         labels: [sequence, batch], global token ids.
     """
-    if tensor_group.size() > 1:
+    if tensor_group is not None and tensor_group.size() > 1:
         return _VocabularyParallelCrossEntropy.apply(_exact(logits), labels, tensor_group, False)[0]
     return cross_entropy(_exact(logits).flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
 
 
-def _losses_and_normalisers(logits: Tensor, labels: Tensor, tensor_group: ProcessGroup) -> tuple[Tensor, Tensor]:
+def _losses_and_normalisers(logits: Tensor, labels: Tensor, tensor_group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """As `token_losses`, and the log-sum-exp of each token's logits."""
-    if tensor_group.size() > 1:
+    if tensor_group is not None and tensor_group.size() > 1:
         return _VocabularyParallelCrossEntropy.apply(_exact(logits), labels, tensor_group, True)
     return token_losses(logits, labels, tensor_group), _exact(logits).logsumexp(dim=-1)
 
@@ -98,7 +98,7 @@ class Prediction:
         self.reports: Sequence[str] = (*(("z_loss",) if z_loss else ()), *self._by_source)
 
     def __call__(
-        self, outputs: Tensor, batch: Mapping[str, Tensor], tensor_group: ProcessGroup
+        self, outputs: Tensor, batch: Mapping[str, Tensor], tensor_group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Logits [sequence, batch, vocabulary / tensor] -> loss sum [], weight sum [], what it reports."""
         labels = batch["labels"].to(outputs.device, non_blocking=True).T.contiguous()
@@ -174,28 +174,22 @@ class MaskedPredictionAndNextSentence:
 
 
 class Classification:
-    """Cross-entropy of the classes of texts or tokens, and how many were right; every tensor rank has all logits."""
+    """`Prediction` of the classes of texts or tokens, of which every tensor rank has all logits, and how many were
+    right."""
 
-    def __init__(self, *, z_loss: float = 0.0) -> None:
-        self.z_loss = z_loss
-        self.reports: Sequence[str] = ("accuracy", *(("z_loss",) if z_loss else ()))
+    def __init__(self, *, z_loss: float = 0.0, sources: Sequence[str] = ()) -> None:
+        self._prediction = Prediction(z_loss=z_loss, sources=sources)
+        self.reports: Sequence[str] = ("accuracy", *self._prediction.reports)
 
     def __call__(
         self, outputs: Tensor, batch: Mapping[str, Tensor], tensor_group: ProcessGroup
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Logits [sequence, batch, classes] -> loss sum [], weight sum [], what it reports."""
+        loss, weight, reported = self._prediction(outputs, batch, None)
         labels = batch["labels"].to(outputs.device, non_blocking=True).T
         weights = batch["loss_weights"].to(outputs.device, non_blocking=True).T
-        logits = _exact(outputs)
-        losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        weight, loss = weights.sum(), (losses * weights).sum()
-        right = ((logits.argmax(dim=-1) == labels) * weights).sum()
-        reported = {"accuracy": torch.stack((right, weight))}
-        if self.z_loss:
-            squares = (logits.logsumexp(dim=-1).square() * weights).sum()
-            reported["z_loss"] = torch.stack((squares, weight)).detach()
-            loss = loss + self.z_loss * squares if torch.is_grad_enabled() else loss
-        return loss, weight, reported
+        right = ((outputs.argmax(dim=-1) == labels) * weights).sum()
+        return loss, weight, {"accuracy": torch.stack((right, weight)), **reported}
 
 
 _MAKERS: dict[str, Callable[..., Objective]] = {
