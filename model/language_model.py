@@ -63,7 +63,7 @@ class LanguageModel(HybridModel):
         self.classifier = None
         if self.post_process and config.classes.number:
             encoder, of_texts = self.mask is AttnMaskType.padding, config.classes.of is Classified.texts
-            self.output_layer = None
+            self.output_layer: Any = None
             self.classifier = Classifier(
                 layer_config,
                 topology,
