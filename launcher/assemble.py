@@ -34,9 +34,10 @@ from launcher.progress import Every, Progress
 from launcher.run_directory import Lock, RunDirectory
 from launcher.runtime import COLLECTIVE_LIMIT
 from launcher.saving import Saving
-from launcher.tracking import Tracker, WeightsAndBiases
+from launcher.tracking import Shown, Sink, Tracker
 from launcher.watchdog.pulse import Pulse
 from launcher.watchdog.stragglers import Stragglers
+from launcher.weights_and_biases import WeightsAndBiases
 from model.build import build
 from parallel.checkpoint.agreement import exchange
 from parallel.checkpoint.checkpoints import Checkpoints
@@ -231,10 +232,9 @@ def _hosts() -> ProcessGroup:
 def _tracker(config: RunConfig, directory: RunDirectory, fence: Fence, display: Display, *, rank: int) -> Tracker:
     """Metrics are this attempt's alone: one that is over would write steps into the run that stand there already."""
     if rank != 0:
-        return Tracker(metrics=None, display=display, remote=None)
-    remote = None
+        return Tracker(metrics=None, events=None)
+    sinks: list[Sink] = [Shown(display)]
     if config.tracking.wandb.mode is not WandbMode.disabled:
-        shown = configuration.to_dict(config)
-        remote = WeightsAndBiases(config.tracking.wandb, run=directory.path, name=config.run.name, shown=shown)
+        sinks.append(WeightsAndBiases.of(config, directory.path))
     metrics = JsonLines(directory.metrics.path, check=partial(fence.check, "write down a step"))
-    return Tracker(metrics=metrics, display=display, remote=remote)
+    return Tracker(metrics=metrics, events=directory.events.path, sinks=sinks)

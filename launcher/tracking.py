@@ -1,114 +1,110 @@
-"""Where metrics go: `metrics.jsonl` always, Weights & Biases where asked for, the display.
+"""Where metrics, events and samples go: `metrics.jsonl` always, then whatever sinks were chosen at assembly.
 
-`metrics.jsonl` is the truth; Weights & Biases is a copy, and its failure (no key, no network, a full disk) never takes
-the run down: it is said once and the run goes on without it. A run keeps one Weights & Biases id over its restarts, in
-`wandb/id`. Nothing but the configuration (which has no place for secrets) and the metrics is handed over: no
-environment, no command line, no code.
+`metrics.jsonl` and `events.jsonl` are the truth; everything else is a copy. A sink's failure never takes the run down.
+Events (a spike, a hang, a requeue) are written by whoever sees them, this process or another; the tracker reads the
+file as it grows and tells its sinks, at each logged step and at the end.
 """
 
-import logging
-import secrets
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import wandb
-
-from launcher.config import WandbConfig, WandbMode
 from launcher.display import Display
 from launcher.progress import Progress
-from parallel.common.files import write_text
 from parallel.common.lines import JsonLines
 
-logger = logging.getLogger(__name__)
 
-
-class Tracker:
-    """Hands records on; on ranks other than 0 it has nowhere to."""
-
-    def __init__(self, *, metrics: JsonLines | None, display: Display, remote: "WeightsAndBiases | None") -> None:
-        self._metrics = metrics
-        self._display = display
-        self._remote = remote
+class Sink(Protocol):
+    """Something that is told what a run reports; none of its methods raises."""
 
     def log(self, progress: Progress, record: Mapping[str, Any]) -> None:
-        """Records one step."""
-        if self._metrics is not None:
-            self._metrics.append(dict(record))
-        self._display.log(record, remaining_tokens=progress.remaining_tokens)
-        if self._remote is not None:
-            self._remote.log(record)
+        """A step was logged; the record's names stand in `launcher.metrics`."""
+        ...
+
+    def event(self, event: Mapping[str, Any], place: int) -> None:
+        """Something happened: a line of `events.jsonl`, which ends at byte `place`."""
+        ...
 
     def close(self, exit_code: int) -> None:
         """The attempt is over."""
-        if self._remote is not None:
-            self._remote.close(exit_code)
+        ...
 
 
-class WeightsAndBiases:
-    """One attempt's connection, or the silence after it failed."""
+class Shown:
+    """The display as a sink."""
 
-    def __init__(self, config: WandbConfig, *, run: Path, name: str, shown: Mapping[str, Any]) -> None:
-        self._run: Any = None
-        try:
-            self._run = _connect(config, run=run, name=name, shown=shown)
-        except Exception as error:
-            self._gave_up("could not start", error)
+    def __init__(self, display: Display) -> None:
+        self._display = display
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Hands one record over."""
-        if self._run is None:
-            return
-        try:
-            self._run.log({key: value for key, value in record.items() if value is not None}, step=record["step"])
-        except Exception as error:
-            self._gave_up("stopped taking metrics", error)
+    def log(self, progress: Progress, record: Mapping[str, Any]) -> None:
+        """Shows it."""
+        self._display.log(record, remaining_tokens=progress.remaining_tokens)
+
+    def event(self, event: Mapping[str, Any], place: int) -> None:
+        """Whoever records an event says it where a person should know."""
 
     def close(self, exit_code: int) -> None:
-        """Writes what is left."""
-        if self._run is None:
-            return
+        """Nothing is left."""
+
+
+class Tracker:
+    """Hands records and events on; on ranks other than 0 it has nowhere to."""
+
+    def __init__(self, *, metrics: JsonLines | None, events: Path | None, sinks: Sequence[Sink] = ()) -> None:
+        self._metrics = metrics
+        self._events = None if events is None else Events(events)
+        self._sinks = sinks
+
+    def log(self, progress: Progress, record: Mapping[str, Any]) -> None:
+        """Records one step, and tells what happened since the last."""
+        if self._metrics is not None:
+            self._metrics.append(dict(record))
+        for sink in self._sinks:
+            sink.log(progress, record)
+        self._tell()
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """An error in the block ends the attempt here too: what led to it is told first."""
         try:
-            self._run.finish(exit_code=exit_code)
-        except Exception as error:
-            self._gave_up("could not finish", error)
+            yield
+        except BaseException:
+            self.close(1)
+            raise
 
-    def _gave_up(self, what: str, error: Exception) -> None:
-        self._run = None
-        logger.warning("Weights & Biases %s (%s); the run goes on, metrics.jsonl has everything", what, error)
+    def close(self, exit_code: int) -> None:
+        """The attempt is over."""
+        self._tell()
+        for sink in self._sinks:
+            sink.close(exit_code)
 
-
-def _connect(config: WandbConfig, *, run: Path, name: str, shown: Mapping[str, Any]) -> Any:
-    mode = config.mode.value
-    settings = wandb.Settings(
-        silent=True,
-        console="off",
-        disable_git=True,
-        disable_code=True,
-        save_code=False,
-        x_disable_meta=True,
-        x_disable_stats=True,
-    )
-    if config.mode is WandbMode.online and wandb.Api(timeout=10).api_key is None:
-        logger.warning(
-            "Weights & Biases has no key (WANDB_API_KEY): the run is kept offline, `wandb sync` sends it later"
-        )
-        mode = WandbMode.offline.value
-    return wandb.init(
-        project=config.project,
-        name=name,
-        id=_identity(run),
-        dir=run,
-        mode=mode,
-        resume="allow" if mode == WandbMode.online.value else None,
-        config=dict(shown),
-        settings=settings,
-    )
+    def _tell(self) -> None:
+        if self._events is None:
+            return
+        for event, place in self._events.new():
+            for sink in self._sinks:
+                sink.event(event, place)
 
 
-def _identity(run: Path) -> str:
-    file = run / "wandb" / "id"
-    if not file.is_file():
-        file.parent.mkdir(exist_ok=True)
-        write_text(file, secrets.token_hex(4))
-    return file.read_text().strip()
+class Events:
+    """A growing file of one JSON object a line, read as far as it is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._place = 0
+
+    def new(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """What was appended since the last call, each with the place where its line ends."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._place)
+                lines = file.readlines()
+        except FileNotFoundError:
+            return
+        for line in lines:
+            if not line.endswith(b"\n"):
+                return  # its writer is not done
+            self._place += len(line)
+            yield json.loads(line), self._place

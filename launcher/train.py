@@ -127,7 +127,7 @@ def _attempt(
     )
     _introduce(job.config, parts, origin)
     shown = parts.display.shown(step=parts.progress.step, total_steps=parts.progress.total_steps)
-    with closing(parts.checkpoints), shown:
+    with closing(parts.checkpoints), parts.tracker.told(), shown:
         train(parts, records)
     outcome = _ended(job, parts, ranks.attempt)
     records.event("finished" if outcome.exit_code == 0 else "stopped", step=parts.progress.step)
