@@ -15,7 +15,7 @@ import yaml
 
 from launcher import cli, reference
 from tests.accept_docs import idle_rows
-from tests.documented.commands import PAGES, ROOT, commands
+from tests.documented.commands import PAGES, ROOT, TRANSLATIONS, commands
 
 _SECTIONS = {key.split(".")[0] for key in reference.all_keys() if "." in key}
 _TOP = "docs|configs|tests|benchmarks|slurm|launcher|model|parallel|data_pipeline"
@@ -29,7 +29,7 @@ def _each(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=_each)
+@pytest.mark.parametrize("page", [*PAGES, *TRANSLATIONS], ids=_each)
 def test_files_and_links_exist(page: Path) -> None:
     text = page.read_text()
     named = {ROOT / name.rstrip(".") for name in _FILES.findall(text)}
@@ -41,7 +41,7 @@ def _made_by_running(path: Path) -> bool:
     return any(part in ("runs", "stores") for part in path.parts)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=_each)
+@pytest.mark.parametrize("page", [*PAGES, *TRANSLATIONS], ids=_each)
 def test_keys_exist(page: Path) -> None:
     known = reference.all_keys()
     named = {key for key in _KEY.findall(_ours(page)) if not key.endswith((".py", ".yaml", ".md"))}
@@ -50,7 +50,7 @@ def test_keys_exist(page: Path) -> None:
     assert not sorted(wrong)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=_each)
+@pytest.mark.parametrize("page", [*PAGES, *TRANSLATIONS], ids=_each)
 def test_keys_of_yaml_blocks_exist(page: Path) -> None:
     known = reference.all_keys()
     named = {key for block in _yaml_blocks(page.read_text()) for key in _flat(block)}
@@ -98,7 +98,7 @@ def _attribute(key: str) -> bool:
     return (ROOT / Path(*key.split("."))).with_suffix(".py").exists() or (ROOT / Path(*key.split("."))).is_dir()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=_each)
+@pytest.mark.parametrize("page", [*PAGES, *TRANSLATIONS], ids=_each)
 def test_verbs_and_options_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = []
     for command in _COMMAND.findall(page.read_text()):
@@ -136,6 +136,12 @@ def _help(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str | N
 
 def test_what_is_said_of_commands_that_do_not_run_here_fits_some() -> None:
     assert not idle_rows([command for page in PAGES for command in commands(page)])
+
+
+@pytest.mark.parametrize("page", TRANSLATIONS, ids=_each)
+def test_a_translation_shows_the_same_commands(page: Path) -> None:
+    original = page.with_name(page.name.replace(".zh", ""))
+    assert [each.text for each in commands(page)] == [each.text for each in commands(original)]
 
 
 def test_the_reference_is_what_the_code_says() -> None:

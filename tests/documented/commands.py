@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+TRANSLATIONS = sorted([*ROOT.glob("*.zh.md"), *(ROOT / "docs").glob("*.zh.md")])
+"""Their commands are those of the page without `.zh`, which alone are run."""
 PAGES = [
-    *sorted(page for page in ROOT.glob("*.md") if page.name != "CHANGELOG.md"),
-    *sorted((ROOT / "docs").glob("*.md")),
+    page
+    for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
+    if page not in TRANSLATIONS and page.name != "CHANGELOG.md"
 ]
 _PROGRAM = re.compile(r"(bloomery|make|python|torchrun|srun|sbatch) ")
 _PARAGRAPH = re.compile(r"`((?:bloomery|make|python) [^`]+)`")
