@@ -19,7 +19,7 @@ from launcher.verbs.train import split
 _EPILOG = """\
 examples:
   bloomery data build configs/quickstart.yaml data.store=stores/quick
-  bloomery data dedup web/*.jsonl.gz --output clean
+  bloomery data dedup web/*.jsonl --output web-clean
   bloomery data stats stores/quick
 
 `bloomery data WORD --help` says more."""

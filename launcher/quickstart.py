@@ -57,7 +57,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="bloomery quickstart",
         description="From raw text to a trained model on this machine: runs the public commands and shows each.",
-        epilog="The text is that of Python's library and the installed packages; --data takes your own file instead.",
+        epilog="The text is that of Python's library and the installed packages; --data takes your own instead.\n\n"
+        "examples:\n  bloomery quickstart\n  bloomery quickstart --data poems.jsonl.gz",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--data", type=Path, metavar="FILE", help="jsonl, parquet or txt, also .gz or .zst; or a directory"

@@ -1,7 +1,7 @@
-"""Runs the commands that the documentation shows, page after page, as a reader would type them.
+"""Runs the commands that the documentation and `--help` show, page after page, as a reader would type them.
 
     python -m tests.accept_docs                       # what `make docs-test` calls; a quarter of an hour on two cores
-    python -m tests.accept_docs --page docs/data.md   # one page; --list says what would run, and why the rest not
+    python -m tests.accept_docs --page docs/data.md   # or --help; --list: what would run, and why not the rest
 
 A command is a line of an indented or fenced block, or a paragraph between backticks, that begins with a program of
 ours. It runs through bash in a scratch directory of its page, in which the repository's own directories stand as links,
@@ -23,12 +23,15 @@ from pathlib import Path
 
 from tests.documented import reader
 from tests.documented.commands import PAGES, ROOT, Command, commands
+from tests.documented.examples import examples
 
 NOT_HERE: dict[str, str] = {
     r"^make (quickstart|test|lint|format|venv|bench|docs-test|test-slurm|soak)\b": "a target of its own",
     r"^(sbatch|srun|torchrun --nnodes)": "needs a cluster",
+    r"^bloomery quickstart": "what `make quickstart` calls",
+    r"^bloomery (data build|train) configs/quickstart\.yaml (data|run)\.": "README's, with one more key",
     r"--matrix tests/": "hundreds of layouts: minutes, and part of the tests",
-    r"^bloomery train .*layout\.yaml": "needs the 256 GPUs that the plan is for",
+    r"^bloomery train .*layout\.yaml": "needs the GPUs that the plan is for",
     r"--format (deepspeed|megatron)": "needs a checkpoint of another program: test_import_foreign.py",
     r"checkpoint\.load=runs/sft": "starts from the import above",
 }
@@ -49,9 +52,20 @@ INSTEAD: dict[str, tuple[str, str]] = {
     ),
     r"^bloomery status my-run": ("bloomery status", "without a cluster nothing was submitted: all runs"),
     r" train\.sequence_length=32768": (r"\g<0> train.global_batch_size=2", "fewer of the longest samples"),
+    r"grow my-corpus\.yaml .*=3600": (
+        "grow new-sources.yaml data.grow.idle_seconds=1",
+        "an hour",
+    ),
     r"^bloomery data grow CONFIG\.\.\.": ("bloomery data grow new-sources.yaml", "a placeholder"),
     r" CONFIG\.\.\.| CONFIG": (" my-corpus.yaml", "a placeholder"),
     r" \[key=value \.\.\.\]": ("", "a placeholder"),
+    r"^torchrun --nproc-per-node 8 (.*)": (r"torchrun --nproc-per-node 2 \1 run.name=by-torchrun", "fewer cores"),
+    r"--nodes 128 ": ("--nodes 8 ", "fewer samples than 1,024 ranks"),
+    r"@([1-9])0+\b": (r"@\1", "a shorter run"),
+    r"checkpoint prune first": ("checkpoint prune second", "the first is looked at later"),
+    r"models/Llama-3\.2-1B": ("models/Qwen3-0.6B", "the one that the reader has"),
+    r"corpora/web_text_document": ("$(ls stores/mixed/*.bin | head -n 1 | sed s/.bin$//)", "any Megatron corpus"),
+    r"(?<!--output )stores/(web|quick)\b": ("stores/mixed", "the one that the reader has"),
     r" STORE\b": (" stores/mixed", "a placeholder"),
 }
 """Commands that run in another form: a pattern, what stands there instead, and why."""
@@ -82,6 +96,14 @@ def plan(found: Sequence[Command]) -> Iterator[tuple[Command, str]]:
 def idle_rows(found: Sequence[Command]) -> list[str]:
     """Patterns of the tables that fit no command."""
     return [each for each in (*NOT_HERE, *INSTEAD) if not any(re.search(each, command.text) for command in found)]
+
+
+def shown() -> list[Command]:
+    """All commands of the pages, and of `--help`, which is a page here."""
+    return [
+        *(command for page in PAGES for command in commands(page)),
+        *(replace(command, page="--help") for command in examples()),
+    ]
 
 
 def run(command: Command, directory: Path) -> Ran:
@@ -125,11 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="run nothing")
     parser.add_argument("--keep", metavar="DIR", help="work here, and leave it")
     chosen = parser.parse_args(arguments)
-    every = [command for page in PAGES for command in commands(page)]
+    every = shown()
     if idle := idle_rows(every):
         print("rows of the tables that fit no command any more:", *idle, sep="\n  ")
         return 1
-    pages = chosen.page or [page.relative_to(ROOT).as_posix() for page in PAGES]
+    pages = chosen.page or list(dict.fromkeys(each.page for each in every))
     wanted = [each for each in every if each.page in pages and chosen.only in each.text]
     failed = 0
     with tempfile.TemporaryDirectory() as scratch:
@@ -140,12 +162,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(failed > 0)
 
 
+def _before(page: str) -> list[str]:
+    """What a reader has done before opening the page."""
+    runs = [f"bloomery train my-run.yaml run.name={name}" for name in ("first", "second") if page == "--help"]
+    return ["bloomery data build my-corpus.yaml", *runs]
+
+
 def _run_page(found: Sequence[Command], directory: Path, *, only_list: bool) -> int:
     """The commands of a page, in a directory of their own; how many failed."""
     planned = list(plan(found))
     if not only_list and not all(reason for _, reason in planned):
         reader.make(directory)
-        planned.insert(0, (Command(page=found[0].page, line=0, text="bloomery data build my-corpus.yaml"), ""))
+        planned = [(Command(page=found[0].page, line=0, text=text), "") for text in _before(found[0].page)] + planned
     failed = 0
     for command, reason in planned:
         where = f"{command.page}:{command.line}"

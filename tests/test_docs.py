@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from launcher import cli, reference
-from tests.accept_docs import idle_rows
+from tests.accept_docs import idle_rows, shown
 from tests.documented.commands import PAGES, ROOT, TRANSLATIONS, commands
+from tests.documented.examples import examples, verbs
 
 _SECTIONS = {key.split(".")[0] for key in reference.all_keys() if "." in key}
 _TOP = "docs|configs|tests|benchmarks|slurm|launcher|model|parallel|data_pipeline"
@@ -135,7 +136,14 @@ def _help(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str | N
 
 
 def test_what_is_said_of_commands_that_do_not_run_here_fits_some() -> None:
-    assert not idle_rows([command for page in PAGES for command in commands(page)])
+    assert not idle_rows(shown())
+
+
+def test_help_of_every_verb_and_word_has_an_example_of_it() -> None:
+    found = [each.text for each in examples()]
+    assert not [words for words in verbs() if not any(text.startswith(f"bloomery {' '.join(words)}") for text in found)]
+    named = {ROOT / name for text in found for name in _FILES.findall(text)}
+    assert not [str(path) for path in sorted(named) if not path.exists()]
 
 
 @pytest.mark.parametrize("page", TRANSLATIONS, ids=_each)

@@ -153,7 +153,7 @@ def add_words(words: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="drop documents that hold a stretch of an evaluation file",
         description="Drops every document that shares a run of 13 tokens with an evaluation file. Kept records\n"
         "come out as they were, beside hits.parquet (which item of which file was met) and report.json.",
-        epilog="example: bloomery data decontaminate web/ --against mmlu.jsonl gsm8k.jsonl --output clean",
+        epilog="example: bloomery data decontaminate web/ --against mmlu.jsonl gsm8k.jsonl --output unseen",
     )
     add_inputs(word)
     word.add_argument("--against", nargs="+", required=True, metavar="FILE", help="jsonl (every text) or txt (lines)")
@@ -171,7 +171,7 @@ def _add_words_of_tokens(words: "argparse._SubParsersAction[argparse.ArgumentPar
         formatter_class=raw,
         help="train a byte-level BPE tokenizer on a sample",
         description="Trains a tokenizer.json on a bounded sample, taken from each INPUT in proportion to its size.",
-        epilog="example: bloomery data train-tokenizer web/ code/ --vocabulary-size 32768 --output tokenizer.json",
+        epilog="example: bloomery data train-tokenizer web/ old/ --vocabulary-size 32768 --output tokenizer.json",
     )
     add_inputs(word, anything)
     word.add_argument("--output", type=Path, required=True, metavar="FILE", help="the tokenizer.json to write")

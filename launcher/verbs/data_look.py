@@ -130,7 +130,12 @@ def add_words(words: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     which.add_argument("--document", metavar="ID", help="the document with this id")
     word.add_argument("--seed", type=int, default=0, help="another sample (0)")
     word.set_defaults(run=inspect)
-    word = words.add_parser("check", help="read every file of a store and compare it with its hash")
+    word = words.add_parser(
+        "check",
+        help="read every file of a store and compare it with its hash",
+        description="Reads every file of a store and compares it with the hash that its manifest has of it.",
+        epilog="example: bloomery data check stores/web",
+    )
     word.add_argument("store", metavar="STORE", type=Path)
     word.set_defaults(run=check)
     word = words.add_parser(

@@ -23,7 +23,7 @@ from parallel.config import Precision
 _EPILOG = """\
 examples:
   bloomery explain configs/quickstart.yaml --ranks 2
-  bloomery explain configs/model/llama-3.1-8b.yaml parallel.tensor=4 parallel.zero_stage=2 --ranks 64 --json layout.json
+  bloomery explain configs/model/llama-8b.yaml my-run.yaml parallel.tensor=4 --ranks 64 --json layout.json
 
 The row marked > is yours. Bytes are computed from your model's shapes, and beside them stand those of small copies,
 computed and measured. Exit codes: 0 explained, 1 computed and measured differ, 2 the layout is illegal."""

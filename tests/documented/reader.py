@@ -33,6 +33,7 @@ def make(directory: Path) -> None:
     (directory / "my-run.yaml").write_text(yaml.safe_dump(_run()))
     (directory / "my-corpus.yaml").write_text(yaml.safe_dump(_corpus(_BUILT)))
     (directory / "new-sources.yaml").write_text(yaml.safe_dump(_corpus(_GROWN)))
+    (directory / "my-cluster.yaml").write_text((ROOT / "configs/hardware/h100.yaml").read_text())
     (directory / "rates.txt").write_text(
         "run.name=low optimizer.learning_rate=1e-4\nrun.name=high optimizer.learning_rate=1e-3\n"
     )
@@ -54,6 +55,7 @@ def _run() -> dict[str, object]:
             "log_every_steps": 2,
         },
         "data": {"store": "stores/mixed"},
+        "checkpoint": {"every_steps": 1, "keep": 6},
         "evaluate": {"batches": 2},
         "tracking": {"wandb": {"mode": "disabled"}},
     }
@@ -84,6 +86,8 @@ def _texts(directory: Path) -> None:
     _write(directory / "web" / "a.jsonl", [{"text": text} for text in [*web, *web[-5:]]])
     _write(directory / "zh.jsonl.gz", [{"content": chinese()} for _ in range(_DOCUMENTS // 4)])
     _write(directory / "old" / "a.jsonl.gz", [{"text": text} for text in web[:100]])
+    for name in ("mmlu", "gsm8k"):
+        _write(directory / f"{name}.jsonl", [{"question": english()}])
     _write(directory / "new.jsonl.gz", [{"text": text} for text in [*web[50:100], *(english() for _ in range(50))]])
 
 
