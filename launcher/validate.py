@@ -31,7 +31,8 @@ _POSITIVE = (
     "model.norm_eps", "model.rope_base", "model.initial_std", "model.vocabulary_size", "model.positions",
     "model.sliding_window", "model.full_attention_every", "model.query_pre_attention_scalar",
     "model.attention_softcap", "model.logit_softcap", "model.rope_share", "model.rope_local_base",
-    "model.rope_scaling.original_positions", "model.latent.kv_rank", "model.latent.q_rank",
+    "model.rope_scaling.original_positions", "model.mup.base_hidden_size", "model.mup.base_head_size",
+    "model.latent.kv_rank", "model.latent.q_rank",
     "model.latent.rope_head_size", "model.latent.value_head_size", "model.moe.scale", "model.moe.groups",
     "model.moe.top_groups", "model.moe.group_experts", "model.moe.top_k", "model.moe.ffn_hidden_size",
     "model.moe.shared_ffn_hidden_size",
@@ -69,6 +70,7 @@ def check_training(config: RunConfig, *, ranks: int, store: Store | None = None)
             length_problems(config),
             _objective(config),
             _model(config),
+            _mup(config),
             layout_problems(config, ranks),
             watching_problems(config),
         )
@@ -159,6 +161,27 @@ def _model(config: RunConfig) -> Iterator[Problem]:
     if model.full_attention_every is not None and model.sliding_window is None:
         legal = "null without model.sliding_window: then every layer attends to the whole document"
         yield Problem(key="model.full_attention_every", got=model.full_attention_every, legal=legal)
+
+
+def _mup(config: RunConfig) -> Iterator[Problem]:
+    """Where the rules of widths are known to hold."""
+    model, mup = config.model, config.model.mup
+    if mup.base_hidden_size is None:
+        if mup.base_head_size is not None:
+            legal = "null without model.mup.base_hidden_size"
+            yield Problem(key="model.mup.base_head_size", got=mup.base_head_size, legal=legal)
+        return
+    beside = {"model.scale_embeddings": model.scale_embeddings, "model.latent.kv_rank": model.latent.kv_rank}
+    beside |= {"model.query_pre_attention_scalar": model.query_pre_attention_scalar}
+    beside |= {"model.decoder_layers": model.decoder_layers}
+    for key, got in beside.items():
+        if got:
+            plain = "false" if got is True else "null"
+            legal = f"{plain} with model.mup, whose rules are for sizes that it sets itself"
+            yield Problem(key=key, got=got, legal=legal)
+    if config.optimizer.name in ("muon", "adafactor"):
+        legal = "adamw with model.mup, whose learning rates are Adam's"
+        yield Problem(key="optimizer.name", got=config.optimizer.name, legal=legal)
 
 
 def _latent(model: ModelConfig) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
 
+from model import mup
 from model.bert import MaskedLanguageModel
 from model.config import Activation, ModelConfig, Norm
 from model.families import Architecture, family
@@ -101,7 +102,7 @@ def initial_value(key: str, shape: tuple[int, ...], *, config: ModelConfig, seed
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.zeros(shape) if config.norm is Norm.zero_centered_rms else torch.ones(shape)
-    deviation = config.initial_std
+    deviation = config.initial_std * mup.deviation_factor(key, config)
     if key.endswith(_INTO_RESIDUAL):
         deviation /= math.sqrt(2 * config.depth)
     generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed}:initial:{key}".encode()) >> 1)
@@ -110,8 +111,10 @@ def initial_value(key: str, shape: tuple[int, ...], *, config: ModelConfig, seed
 
 @torch.no_grad()
 def initialise(chunk: torch.nn.Module, *, config: ModelConfig, seed: int) -> None:
-    """Gives every parameter of a chunk its initial value."""
+    """Gives every parameter of a chunk its initial value, and what its learning rate is multiplied by."""
     for local in local_parameters([chunk], last_stage_of_several=False):
+        factor = mup.learning_rate_factor(local.name, is_matrix=local.is_matrix, config=config)
+        local.parameter.learning_rate_factor = factor  # type: ignore[attr-defined]
         for shard in local.shards:
             described = shard.description
             whole = initial_value(described.key, described.global_shape, config=config, seed=seed)

@@ -225,6 +225,17 @@ class ClassesConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MupConfig:
+    """Maximal update parametrisation: optimizer.learning_rate and model.initial_std of a narrow model hold for a wide
+    one (Yang et al., 2022, arXiv:2203.03466; model/mup.py has the table)."""
+
+    base_hidden_size: int | None = None
+    """hidden_size of the model for which they were tuned; by default they are this model's own."""
+    base_head_size: int | None = None
+    """head_size of that model; by default this model's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """A Transformer; by default a Llama: RMSNorm, rotary positions, grouped queries, SwiGLU."""
 
@@ -301,6 +312,7 @@ class ModelConfig:
     """Rows of an imported embedding; those behind only fill up to a multiple of 128, and an export leaves them out."""
     initial_std: float = 0.02
     """Standard deviation of initial weights; projections back into the residual stream get it / sqrt(2 x layers)."""
+    mup: MupConfig = field(default_factory=MupConfig)
 
     @property
     def rotary_channels(self) -> int:

@@ -19,6 +19,7 @@ from model.dropout import drop, token_keys
 from model.heads import Classifier
 from model.layer_context import LayerContext
 from model.moe import summary, take_sums
+from model.mup import logit_factor
 from model.rope import local_rotary_table, rotary_table
 from model.specs import layer_pattern, transformer_stack
 from parallel.config import ParallelConfig
@@ -72,6 +73,7 @@ class LanguageModel(HybridModel):
                 bias=encoder or not of_texts,
             )
         self.description = config
+        self.logit_factor = logit_factor(config)
         self.topology = topology
         self.seed = seed
         self.rotary = self.local_rotary = None
@@ -128,6 +130,8 @@ class LanguageModel(HybridModel):
         assert self.output_layer is not None
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden, weight=weight)
+        if self.logit_factor != 1:
+            logits = logits * self.logit_factor
         cap = self.description.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

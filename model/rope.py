@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig, RopeScaling, RopeScalingConfig
+from model.mup import score_divisor
 
 
 def ntk_base(base: float, scaling: RopeScalingConfig, *, channels: int, sequence_length: int) -> float:
@@ -79,8 +80,9 @@ def table_factor(scaling: RopeScalingConfig) -> float:
 
 def score_scale(config: ModelConfig) -> float | None:
     """What attention scores are multiplied by; None for one over the square root of head_size."""
-    if config.query_pre_attention_scalar is not None:
-        return config.query_pre_attention_scalar**-0.5
+    divisor = config.query_pre_attention_scalar or score_divisor(config)
+    if divisor is not None:
+        return divisor**-0.5
     scaling = config.rope_scaling
     if config.latent.kv_rank is None or scaling.kind is not RopeScaling.yarn or not scaling.mscale_all_dim:
         return None

@@ -7,9 +7,10 @@ that of `launcher.explain.sizes`, which builds the model without memory, element
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model.config import Classified, ModelConfig, Norm, Position
+from model.mup import learning_rate_factor, width
 from model.size import has_experts, head_size
 from parallel.config import OptimizerConfig
 from parallel.memory import Size
@@ -25,14 +26,16 @@ class Shape:
     is_cut: bool = True
     """Whether tensor ranks share it."""
     is_expert: bool = False
+    learning_rate_factor: float = 1.0
 
     def size(self, tensor: int, optimizer: OptimizerConfig) -> Size:
         """What memory depends on, on one of some tensor ranks."""
         elements, is_matrix = math.prod(self.whole), len(self.whole) > 1
         states = RULES[optimizer.name].states(self.name, self.whole, optimizer)
+        own = setting(self.name, is_matrix=is_matrix, config=optimizer, factor=self.learning_rate_factor)
         return Size(
             elements=elements // tensor if self.is_cut else elements,
-            group=f"{is_matrix} {setting(self.name, is_matrix=is_matrix, config=optimizer)}",
+            group=f"{is_matrix} {own}",
             is_expert=self.is_expert,
             is_frozen=is_frozen(self.name, optimizer),
             whole_elements=elements,
@@ -52,6 +55,24 @@ def chunk_shapes(
 ) -> Iterator[Shape]:
     """The parameters of consecutive layers on one expert rank, with the embedding on the `first` chunk and the final
     norm and output layer on the `last`."""
+    shapes = _chunk(config, layers, vocabulary_size, expert, first, last, sequence_length)
+    if width(config) == 1:
+        yield from shapes
+        return
+    for shape in shapes:
+        factor = learning_rate_factor(shape.name, is_matrix=len(shape.whole) > 1, config=config)
+        yield replace(shape, learning_rate_factor=factor)
+
+
+def _chunk(
+    config: ModelConfig,
+    layers: range,
+    vocabulary_size: int,
+    expert: int,
+    first: bool,
+    last: bool,
+    sequence_length: int,
+) -> Iterator[Shape]:
     hidden = config.hidden_size
     if first:
         yield Shape(name="embedding.word_embeddings.weight", whole=(vocabulary_size, hidden))

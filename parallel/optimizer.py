@@ -18,8 +18,8 @@ from parallel.config import OptimizerConfig
 from parallel.fragments import observed_fragments, pieces_of_fragments
 from parallel.held import Tensors
 from parallel.loss_scale import LossScale
-from parallel.parameters import Fragment, LocalParameter
-from parallel.rules import Setting, setting
+from parallel.parameters import Fragment, LocalParameter, setting_of
+from parallel.rules import Setting
 from parallel.topology import Topology
 from parallel.updater import EXPERTS, MOMENTS, Accepts, Kind, add_into, add_squares, always, reduce_tied
 
@@ -33,7 +33,7 @@ def adamw(
         by_setting: dict[Setting, list[Tensor]] = {}
         for local, tensor in zip(parameters, tensors, strict=True):
             if local.expert == expert and local.is_matrix == matrices:
-                by_setting.setdefault(setting(local.name, is_matrix=matrices, config=config), []).append(tensor)
+                by_setting.setdefault(setting_of(local, config), []).append(tensor)
         named = {"moe": True, "name": EXPERTS} if expert else {}
         for found, members in by_setting.items():
             groups.append({"params": members, **asdict(found), **named})

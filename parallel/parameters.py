@@ -16,6 +16,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from parallel.config import OptimizerConfig
+from parallel.rules import Setting, setting
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
@@ -51,6 +54,8 @@ class LocalParameter:
     """Whether this is the last pipeline stage's copy of a tied embedding, which counts once in a norm."""
     tied: bool
     """Whether first and last pipeline stage hold copies of it, whose gradients are to be added."""
+    learning_rate_factor: float = 1.0
+    """What the model asks its learning rate to be multiplied by."""
 
     @property
     def name(self) -> str:
@@ -82,6 +87,11 @@ class Fragment:
     def stop(self) -> int:
         """One more than the last element."""
         return self.start + self.value.numel()
+
+
+def setting_of(local: LocalParameter, config: OptimizerConfig) -> Setting:
+    """What the rules of the optimizer, and the model's own wish, make of a parameter."""
+    return setting(local.name, is_matrix=local.is_matrix, config=config, factor=local.learning_rate_factor)
 
 
 def _pieces(chunk: torch.nn.Module) -> Iterator[ShardedTensor]:
@@ -121,6 +131,7 @@ def local_parameters(chunks: Sequence[torch.nn.Module], *, last_stage_of_several
                     cut_over_tensor_ranks=bool(getattr(parameter, "tensor_model_parallel", False)),
                     tied_copy=tied and last_stage_of_several,
                     tied=tied,
+                    learning_rate_factor=getattr(parameter, "learning_rate_factor", 1.0),
                 )
             )
     return found

@@ -69,14 +69,17 @@ def is_orthogonalised(name: str, shape: Shape, config: OptimizerConfig) -> bool:
     return len(shape) == 2 and not any(re.search(pattern, name) for pattern in config.muon.leave_to_adamw)
 
 
-def setting(name: str, *, is_matrix: bool, config: OptimizerConfig) -> Setting:
-    """The first of `optimizer.groups` whose pattern is found in the name; else no decay on vectors."""
+def setting(name: str, *, is_matrix: bool, config: OptimizerConfig, factor: float = 1.0) -> Setting:
+    """The first of `optimizer.groups` whose pattern is found in the name; else no decay on vectors.
+
+    `factor` is what the model asks the learning rate to be multiplied by; how much a step decays does not follow it.
+    """
     decay = config.weight_decay if is_matrix else 0.0
     for group in config.groups:
         if re.search(group.pattern, name):
             own = decay if group.weight_decay is None else group.weight_decay
-            return Setting(learning_rate_factor=group.learning_rate_factor, weight_decay=own)
-    return Setting(learning_rate_factor=1.0, weight_decay=decay)
+            return Setting(learning_rate_factor=group.learning_rate_factor * factor, weight_decay=own / factor)
+    return Setting(learning_rate_factor=factor, weight_decay=decay / factor)
 
 
 def is_frozen(name: str, config: OptimizerConfig) -> bool:

@@ -29,8 +29,8 @@ from parallel.held import Tensors
 from parallel.loss_scale import LossScale
 from parallel.memory import owners
 from parallel.optimizer import set_learning_rate
-from parallel.parameters import LocalParameter
-from parallel.rules import RULES, setting
+from parallel.parameters import LocalParameter, setting_of
+from parallel.rules import RULES
 from parallel.topology import Topology
 from parallel.updater import Accepts, Kind, add_into, add_squares, always, reduce_tied
 
@@ -91,7 +91,7 @@ class WholeUpdater:
             Stepped(
                 name=parameters[number].name,
                 master=master,
-                setting=setting(parameters[number].name, is_matrix=parameters[number].is_matrix, config=config),
+                setting=setting_of(parameters[number], config),
             )
             for number, master in self.masters.items()
         ]

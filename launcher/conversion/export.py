@@ -25,6 +25,7 @@ from launcher.outcome import Outcome
 from launcher.runtime import in_ranks
 from launcher.verbs.conversion import ExportJob
 from launcher.work import Ranks
+from model import mup
 from model.config import ModelConfig
 from model.hf.families import FAMILIES, config_json
 from model.hf.pairs import Pair
@@ -38,6 +39,7 @@ from parallel.updater import Kind
 WEIGHT = f"{Kind.weight.value}."
 """Begins the names of weights in a checkpoint."""
 _EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +56,16 @@ class Weights:
         self._tensors = StoredTensors(path)
         self._prefix = f"{AVERAGE}." if averaged else WEIGHT
         named = {name: shape for name, shape in self._tensors.shapes.items() if name.startswith(self._prefix)}
+        self.output_factor = 1.0
+        """What the output layer is multiplied by, for a model whose logits are (model/mup.py)."""
         self.shapes = {name.removeprefix(self._prefix): shape for name, shape in named.items()}
         if averaged and not self.shapes:
             raise UserError(f"{path} keeps no average of the weights: its run was without optimizer.average_decay.")
 
     def read(self, name: str) -> Tensor:
         """One whole tensor, on the CPU."""
-        return self._tensors.read(f"{self._prefix}{name}")
+        tensor = self._tensors.read(f"{self._prefix}{name}")
+        return tensor * self.output_factor if name == OUTPUT and self.output_factor != 1 else tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +93,7 @@ def _exported(job: ExportJob, ranks: Ranks) -> Outcome:
     config = job.checkpoint.config()
     tensors = Weights(job.checkpoint.path, averaged=job.averaged)
     model = _described(config, tensors)
+    tensors.output_factor, model = mup.logit_factor(model), mup.without(model)
     pairs = list(FAMILIES[model.family].pairs(model))
     _check_names(job.checkpoint.path, tensors, pairs)
     dtype: torch.dtype = getattr(torch, job.dtype)

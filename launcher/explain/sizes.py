@@ -16,8 +16,8 @@ from model.build import build
 from model.config import ModelConfig
 from parallel.config import OptimizerConfig, ParallelConfig
 from parallel.memory import Size
-from parallel.parameters import LocalParameter, local_parameters
-from parallel.rules import RULES, is_frozen, setting
+from parallel.parameters import LocalParameter, local_parameters, setting_of
+from parallel.rules import RULES, is_frozen
 from parallel.topology import Topology
 
 _META = torch.device("meta")
@@ -44,7 +44,7 @@ def _size(local: LocalParameter, optimizer: OptimizerConfig) -> Size:
     states = RULES[optimizer.name].states(local.name, local.whole_shape, optimizer)
     return Size(
         elements=local.shape.numel(),
-        group=f"{local.is_matrix} {setting(local.name, is_matrix=local.is_matrix, config=optimizer)}",
+        group=f"{local.is_matrix} {setting_of(local, optimizer)}",
         is_expert=local.expert,
         is_frozen=is_frozen(local.name, optimizer),
         whole_elements=math.prod(local.whole_shape),

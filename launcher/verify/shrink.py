@@ -21,7 +21,7 @@ from data_pipeline.config import DataConfig
 from launcher.config import RunConfig, RunSection, TrainConfig, flatten, require, to_dict
 from launcher.length import total_steps
 from launcher.validate import check_training
-from model.config import LatentConfig, ModelConfig, MoeConfig
+from model.config import LatentConfig, ModelConfig, MoeConfig, MupConfig
 from parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, ScheduleName
 
 MOST_RANKS = 16
@@ -257,6 +257,10 @@ def _sized(model: ModelConfig, layout: ParallelConfig, layers: int) -> ModelConf
         vocabulary_size=2 * math.lcm(_VOCABULARY_UNIT, tensor),
         initial_std=_INITIAL_STD * _calming(model, head_size),
         latent=_latent(model.latent),
+        mup=MupConfig(
+            base_hidden_size=None if model.mup.base_hidden_size is None else hidden // 2,
+            base_head_size=None if model.mup.base_head_size is None else head_size // 2,
+        ),
         moe=_moe(model.moe, layout, layers),
     )
 

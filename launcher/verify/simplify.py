@@ -16,7 +16,7 @@ from launcher.validate import check_training
 from launcher.verify.measure import Case
 from launcher.verify.proof import Comparison, compared
 from launcher.verify.shrink import STEPS
-from model.config import Activation, Dispatcher, MoeConfig, Norm, NormPlacement, RopeScalingConfig
+from model.config import Activation, Dispatcher, MoeConfig, MupConfig, Norm, NormPlacement, RopeScalingConfig
 from parallel.common.errors import ConfigError
 from parallel.config import Recompute, RecomputeConfig
 
@@ -201,6 +201,7 @@ FEATURES: tuple[Feature, ...] = (
     _of_experts("groups of experts", "groups", 1),
     _of_experts("the router's z-loss", "z_loss", 0.0),
     _of_experts("the all-to-all dispatcher", "dispatcher", Dispatcher.allgather),
+    _setting("muP", "model.mup", MupConfig()),
     _setting("tied embeddings", "model.tie_embeddings", False),
     _setting("norms of queries and keys", "model.qk_norm", False),
     _setting("attention biases", "model.attention_bias", False),
