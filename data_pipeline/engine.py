@@ -13,10 +13,12 @@ Measured beside it: `benchmarks/dedup.py` runs Daft on the same corpus.
 
 import logging
 import os
-import shutil
+import secrets
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,14 +27,13 @@ from typing import Any
 
 from data_pipeline.config import Engine
 from data_pipeline.document import Mapper, map_in_order, workers
+from data_pipeline.progress import Screen
 from parallel.common.errors import UserError
 from parallel.common.lazy import Lazy
 
 ray = Lazy("ray")
-logger = logging.getLogger(__name__)
 
-_PORT = 6399
-_START_SECONDS = 120
+_START_SECONDS, _STOP_SECONDS = 120, 30
 _CONNECT_SECONDS = 10
 _AHEAD = 2
 """Batches for each core that are under way at once."""
@@ -51,17 +52,23 @@ def open_engine(engine: Engine) -> Iterator[Mapper]:
     if not ray.is_installed:
         raise UserError("data.engine=ray needs Ray: install it with `pip install bloomery[ray]`, or set it to native")
     with ExitStack() as stack:
-        address = os.environ.get("RAY_ADDRESS") or stack.enter_context(_slurm_cluster())
+        address, nodes = os.environ.get("RAY_ADDRESS"), 1
         if address is not None:
             _require_reachable(address)
+        elif (slurm_nodes := int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))) > 1:
+            address, nodes = stack.enter_context(_slurm_cluster(slurm_nodes)), slurm_nodes
         try:
             own: dict[str, Any] = {"include_dashboard": False, "num_cpus": workers()} if address is None else {}
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"the Ray cluster at {address or 'this machine'} cannot be joined: {error}") from error
         stack.callback(ray.shutdown)
+        if not _becomes_true(lambda: _alive() >= nodes, seconds=_START_SECONDS):
+            raise UserError(
+                f"Ray has {_alive()} of the job's {nodes} nodes after {_START_SECONDS} s: start the job again"
+            )
         cores = int(ray.cluster_resources().get("CPU", 1))
-        logger.info("Ray has %d nodes and %d cores", len(ray.nodes()), cores)
+        Screen().line("ray", f"{_alive()} nodes with {cores} cores")
         yield _RayMapper(cores)
 
 
@@ -113,28 +120,70 @@ def _result(reference: Any) -> Any:
 
 
 @contextmanager
-def _slurm_cluster() -> Iterator[str | None]:
-    """A cluster over the nodes of this Slurm job, with its head here; None outside of a job of several nodes."""
-    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
-    if nodes < 2 or shutil.which("srun") is None:
-        yield None
-        return
-    program = str(Path(sys.executable).with_name("ray"))
-    here = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
-    address = f"{here}:{_PORT}"
-    cores = os.environ.get("SLURM_CPUS_ON_NODE", "1")
-    head = [program, "start", "--head", f"--port={_PORT}", f"--num-cpus={cores}", "--include-dashboard=false"]
-    done = subprocess.run(head, capture_output=True, text=True, timeout=_START_SECONDS, check=False)
-    if done.returncode:
-        raise UserError(f"Ray cannot be started on {here}: {done.stderr.strip().splitlines()[-1:]}")
-    command = ["srun", "--overlap", f"--nodes={nodes - 1}", f"--ntasks={nodes - 1}", f"--exclude={here}"]
-    others = subprocess.Popen([*command, program, "start", f"--address={address}", f"--num-cpus={cores}", "--block"])
+def _slurm_cluster(nodes: int) -> Iterator[str]:
+    """The address of a cluster over the nodes of this Slurm job, with its head here.
+
+    Nothing but what was started here ends with the block: `ray stop` would end all Ray of a node, another job's too.
+    Who wants to join has to know a token of this call, for whoever joins may run any code.
+    """
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    here, port = os.environ.get("SLURMD_NODENAME") or os.uname().nodename, _free_port()
+    address, cores = f"{here}:{port}", os.environ.get("SLURM_CPUS_ON_NODE", "1")
+    by_srun = ["srun", "--overlap", f"--nodes={nodes - 1}", f"--ntasks={nodes - 1}", f"--exclude={here}"]
+    with tempfile.TemporaryDirectory(prefix="bloomery-ray-", ignore_cleanup_errors=True) as files:
+        program = str(Path(sys.executable).with_name("ray"))
+        ray_start = [program, "start", "--block", f"--num-cpus={cores}", f"--temp-dir={files}"]
+        head = [*ray_start, "--head", f"--port={port}", "--include-dashboard=false", "--disable-usage-stats"]
+        with _running(head) as first:
+            _becomes_true(lambda: first.poll() is not None or _answers(address), seconds=_START_SECONDS)
+            if not _answers(address):
+                raise UserError(f"Ray cannot be started on {here}: its own words stand above")
+            with _running([*by_srun, *ray_start, f"--address={address}"]):
+                yield address
+        subprocess.run([*by_srun, "rm", "-rf", "--", files], timeout=_START_SECONDS, check=False)
+
+
+@contextmanager
+def _running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of Ray that ends, with all that it has started, at the end of the block."""
+    at_once = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # no requests are served here that could be drained
+    process = subprocess.Popen(
+        command, env={**os.environ, **at_once}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
     try:
-        yield address
+        yield process
     finally:
-        others.terminate()
+        process.terminate()
         try:
-            others.wait(timeout=_START_SECONDS)
+            process.wait(timeout=_STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            others.kill()
-        subprocess.run([program, "stop"], capture_output=True, timeout=_START_SECONDS, check=False)
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def _alive() -> int:
+    return sum(node["Alive"] for node in ray.nodes())
+
+
+def _becomes_true(condition: Callable[[], bool], *, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True

@@ -23,7 +23,10 @@ from launcher.outcome import Outcome
 from launcher.watchdog import collectives
 from launcher.work import OUTCOME_VARIABLE, STARTER_VARIABLE, Ranks, as_mistake
 from parallel.common.errors import UserError
+from parallel.common.faults import fault_point
 
+_ROOT = Path(__file__).resolve().parent.parent
+_TORCH_HAS_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 COLLECTIVE_LIMIT = datetime.timedelta(minutes=10)
 """Longest wait in a collective; a save of the largest checkpoint has to fit."""
 
@@ -85,7 +88,16 @@ def _leave(error: BaseException, code: int, *, speaks: bool) -> None:
 
 def _cause(error: BaseException) -> str:
     lines = traceback.format_exception_only(error)
-    return lines[-1].strip() if lines else type(error).__name__
+    cause = lines[-1].strip() if lines else type(error).__name__
+    if not isinstance(error, MemoryError) and _TORCH_HAS_NO_MEMORY not in cause:
+        return cause
+    here = next((frame for frame in reversed(traceback.extract_tb(error.__traceback__)) if _ours(frame)), None)
+    place = f" at {Path(here.filename).relative_to(_ROOT)}:{here.lineno} in {here.name}" if here else ""
+    return f"the host's memory is exhausted{place} ({cause})"
+
+
+def _ours(frame: traceback.FrameSummary) -> bool:
+    return Path(frame.filename).is_relative_to(_ROOT) and "site-packages" not in frame.filename
 
 
 def _device(ranks: Ranks) -> torch.device:
@@ -103,6 +115,7 @@ def _device(ranks: Ranks) -> torch.device:
 
 def _join(ranks: Ranks, device: torch.device) -> None:
     collectives.record()
+    fault_point("rendezvous")
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed asks for torchrun's name
     backend = "nccl" if device.type == "cuda" else "gloo"
     if ranks.world_size == 1:

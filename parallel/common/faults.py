@@ -1,30 +1,54 @@
-"""Named points at which a test may have the process killed, as a power cut would, or held up.
+"""Named points at which a test may have something happen to the process that happens to processes.
 
-`BLOOMERY_FAULT=checkpoint.before_rename` kills the process with SIGKILL the first time it passes that point,
-`BLOOMERY_FAULT=checkpoint.before_rename:3` the third time; `BLOOMERY_FAULT=checkpoint.before_rename:sleep=2.5` makes it
-wait there so many seconds, each time. Several stand with commas between them. Without the variable a point costs one
-look-up.
+`BLOOMERY_FAULT=POINT[:NUMBER][:WHAT]`, several with commas between them; from the NUMBER-th time on that the process
+passes POINT (by default the first), WHAT happens there:
+
+    kill          SIGKILL, as a power cut would (where nothing stands)
+    sleep=2.5     it waits so many seconds
+    error=EIO     the operating system's error of that name is raised
+    memory=16     from there on the process gets so many MiB more, and no byte beyond
+
+Without the variable a point costs one look-up.
 """
 
+import errno
 import os
+import resource
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 
 _passed: Counter[str] = Counter()
 
 
 def fault_point(name: str) -> None:
-    """Dies or waits here if the environment asks for it."""
+    """Dies, waits, fails or starves here if the environment asks for it."""
     asked = os.environ.get("BLOOMERY_FAULT")
     if not asked:
         return
-    for wanted, _, what in (fault.partition(":") for fault in asked.split(",")):
-        if name != wanted:
+    for fault in asked.split(","):
+        wanted, *words = fault.split(":")
+        if wanted != name:
             continue
-        if what.startswith("sleep="):
-            time.sleep(float(what.removeprefix("sleep=")))
-            continue
-        _passed[name] += 1
-        if _passed[name] == int(what or 1):
-            os.kill(os.getpid(), signal.SIGKILL)
+        number = int(words.pop(0)) if words and words[0].isdigit() else 1
+        _passed[fault] += 1
+        if _passed[fault] >= number:
+            _happen(words[0] if words else "kill", name)
+
+
+def _happen(what: str, name: str) -> None:
+    word, _, value = what.partition("=")
+    if word == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif word == "sleep":
+        time.sleep(float(value))
+    elif word == "error":
+        code = getattr(errno, value)
+        raise OSError(code, os.strerror(code), name)
+    elif word == "memory" and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + (int(value) << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    elif word != "memory":
+        raise ValueError(f"BLOOMERY_FAULT: there is no fault {what}")

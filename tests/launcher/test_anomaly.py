@@ -66,7 +66,7 @@ def anomalies(directory: Path) -> list[dict[str, Any]]:
     number=23,
     fault="NaN or infinity in one rank's gradient, at every ZeRO stage, in fp32 and bf16, anomaly.not_finite=skip",
     holds="all ranks skip that step; weights and moments keep every bit; the run goes on",
-    recovery_seconds=None,
+    back_after="at once, with the next step",
 )
 @pytest.mark.distributed
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_all_and_changes_nothing(
     number=23,
     fault="NaN in one rank's copy of a weight, anomaly.not_finite=skip",
     holds="the step is skipped, the copy is written anew from the masters, the next step is finite",
-    recovery_seconds=None,
+    back_after="at once, with the next step",
 )
 @pytest.mark.distributed
 def test_a_copy_of_a_weight_that_went_bad_is_written_anew(
@@ -134,7 +134,7 @@ def test_a_copy_of_a_weight_that_went_bad_is_written_anew(
     number=23,
     fault="NaN in one rank's gradient, anomaly.not_finite=stop",
     holds="both ranks end at the same step with 1 and a sentence; nothing of it is saved",
-    recovery_seconds=None,
+    back_after="stopped, as the policy says",
 )
 @pytest.mark.distributed
 def test_stop_ends_all_ranks_unsaved(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,7 @@ def test_stop_ends_all_ranks_unsaved(tmp_path: Path, store: Path, monkeypatch: p
     number=23,
     fault="samples that give NaN, anomaly.not_finite=rollback",
     holds="back to the checkpoint, on behind those samples; the loader's state and ledger know; no step stands twice",
-    recovery_seconds=None,
+    back_after=None,
 )
 @pytest.mark.distributed
 def test_a_rollback_jumps_over_the_data(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +262,7 @@ def _flip(monkeypatch: pytest.MonkeyPatch, rank: int, step: int, name: str) -> N
     number=24,
     fault="one bit of one rank's weight flips: data parallel with ZeRO-1, -2 and without, tensor parallel",
     holds="found at the next comparison, before a save; the rank is named, by the masters or by the majority",
-    recovery_seconds=None,
+    back_after="stopped, for somebody to look at that machine",
 )
 @pytest.mark.distributed
 @pytest.mark.parametrize(

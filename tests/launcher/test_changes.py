@@ -40,7 +40,7 @@ def _history(directory: Path) -> dict[str, Any]:
     number=25,
     fault="learning rate, length and seed differ from the last attempt's",
     holds="refused with each difference and how to allow it",
-    recovery_seconds=None,
+    back_after="refused, until the changes are allowed",
 )
 def test_another_configuration_is_refused_with_its_differences(tmp_path: Path, config: Path) -> None:
     before = (tmp_path / "run/history.jsonl").read_bytes()
@@ -98,7 +98,7 @@ def test_a_name_that_allows_nothing_is_refused(config: Path, allowed: str, told:
     number=25,
     fault="source files differ from the last attempt's",
     holds="refused by the files' names; allowed by checkpoint.allow_changes and kept in the history",
-    recovery_seconds=None,
+    back_after="refused, until the changes are allowed",
 )
 def test_other_code_is_refused_and_its_files_are_named(tmp_path: Path, stopped: Path, config: Path) -> None:
     """As if the last attempt had had another engine and one module less."""

@@ -55,7 +55,7 @@ def stopped(directory: Path, config: Path, step: int) -> Path:
     number=22,
     fault="stopped after each of twelve steps: two epochs, accumulation, packing, mixing, dropout, background saves",
     holds="every later loss, gradient norm and batch has the same bits",
-    recovery_seconds=None,
+    back_after=None,
 )
 def test_a_run_resumed_at_each_step_is_the_same_run(tmp_path: Path, store: Path) -> None:
     config = whole_run(tmp_path, store, 1)
@@ -88,7 +88,7 @@ def test_a_run_resumed_at_each_step_is_the_same_run(tmp_path: Path, store: Path)
     number=22,
     fault="the same with experts, a pipeline, tensor parallelism, ZeRO-2 and ZeRO-3",
     holds="the same bits",
-    recovery_seconds=5.1,
+    back_after=5.1,
 )
 def test_so_it_is_in_other_layouts(tmp_path: Path, store: Path, layout: dict[str, Any], model: dict[str, Any]) -> None:
     config = whole_run(tmp_path, store, 2, parallel=layout, model=model)

@@ -46,7 +46,7 @@ def _truncate(path: Path) -> None:
     number=18,
     fault="the newest checkpoint of a run is truncated",
     holds="refused by the file's name; with checkpoint.fallback the one before it goes on with the same bits",
-    recovery_seconds=0.8,
+    back_after=0.8,
 )
 def test_a_damaged_newest_checkpoint_is_refused_unless_a_fallback_is_asked_for(
     tmp_path: Path, store: Path, finished: Path, name: str
@@ -71,7 +71,7 @@ def test_a_damaged_newest_checkpoint_is_refused_unless_a_fallback_is_asked_for(
     number=19,
     fault="no checkpoint of a run is whole, then none is there",
     holds="exit code 2 both times, never random weights",
-    recovery_seconds=None,
+    back_after="refused, until a checkpoint is restored",
 )
 def test_where_no_checkpoint_is_whole_nothing_begins(tmp_path: Path, store: Path, finished: Path) -> None:
     config = copied(finished, tmp_path, store)

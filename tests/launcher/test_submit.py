@@ -60,7 +60,7 @@ def test_the_line_is_sbatch_with_flags_on_the_script(
     number=29,
     fault="a line break, `$(...)`, backticks, `../`, quotes or an option in each field that sbatch gets",
     holds="refused by the field's name, nothing submitted",
-    recovery_seconds=None,
+    back_after="refused",
 )
 @pytest.mark.parametrize("field", sorted(TEXTS))
 def test_hostile_values_are_refused_by_the_field_s_name(field: str) -> None:
@@ -126,7 +126,7 @@ def test_what_cannot_be_trained_is_not_submitted(
     number=30,
     fault="secrets in the environment of the call",
     holds="the job inherits them by name; no line, configuration or script shows them",
-    recovery_seconds=None,
+    back_after="nothing stops",
 )
 def test_secrets_travel_by_name(
     tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -273,7 +273,7 @@ def test_a_later_start_of_the_same_job_takes_the_run_over(
     number=6,
     fault="saves take longer than the lead time before the time limit leaves for them",
     holds="said after the first save, and at the start of each later job, with the number that would do",
-    recovery_seconds=None,
+    back_after="nothing stops",
 )
 def test_a_lead_time_too_short_for_a_save_is_said(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -16,7 +16,7 @@ from tests.launcher.tiny import configuration, run, start
     number=13,
     fault="a frozen attempt thaws after its run was finished by another",
     holds="it is told so and ends with 2; no file of the run changes",
-    recovery_seconds=None,
+    back_after="nothing stops: the other attempt has the run",
 )
 def test_a_thawed_attempt_commits_nothing(tmp_path: Path, store: Path) -> None:
     config = configuration(tmp_path, store, train={"steps": 60}, checkpoint={"every_steps": 10})

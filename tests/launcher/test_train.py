@@ -60,7 +60,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path, store: Path, ra
     number=10,
     fault="SIGTERM to one of two ranks",
     holds="both save the same step and end with 75",
-    recovery_seconds=None,
+    back_after=None,
 )
 def test_a_signal_saves_on_all_ranks_and_asks_to_be_requeued(tmp_path: Path, store: Path) -> None:
     config = configuration(tmp_path, store, train={"steps": 1000}, checkpoint={"every_steps": 1000})
@@ -92,7 +92,7 @@ def test_an_interrupt_saves_too(tmp_path: Path, store: Path) -> None:
     number=14,
     fault="a second call on a run that is being written; then the writer is killed",
     holds="refused at once by the holder's name; the lock of the dead is taken over",
-    recovery_seconds=1.0,
+    back_after=1.0,
 )
 def test_a_second_writer_is_refused_and_told_who_holds_the_run(tmp_path: Path, store: Path) -> None:
     config = configuration(tmp_path, store, train={"steps": 100_000}, checkpoint={"every_steps": 100_000})
@@ -123,7 +123,7 @@ def test_a_finished_run_says_so(tmp_path: Path, store: Path) -> None:
     number=21,
     fault="two ranks are killed, one goes on at another ZeRO stage",
     holds="the same batches, losses within 1e-5",
-    recovery_seconds=2.3,
+    back_after=2.3,
 )
 def test_another_layout_goes_on_where_the_run_stopped(tmp_path: Path, store: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"

@@ -55,7 +55,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, rank: int, what: Callabl
     number=11,
     fault="one of two ranks sleeps, holds the interpreter in a C call, or is stopped by a signal",
     holds="named by rank, host, step and place; the stacks of all ranks are there; the outcome is 75; the run goes on",
-    recovery_seconds=None,
+    back_after=None,
 )
 @pytest.mark.distributed
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_the_culprit_is_told_from_those_that_wait(reports: list[Report], told: s
     number=12,
     fault="one of two ranks is stopped half of the time",
     holds="it is named by rank and host while the run goes on, from the time that the other waits for it",
-    recovery_seconds=None,
+    back_after="nothing stops",
 )
 @pytest.mark.distributed
 def test_a_slow_rank_is_named_while_the_run_goes_on(tmp_path: Path, store: Path) -> None:

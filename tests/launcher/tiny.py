@@ -128,17 +128,24 @@ class Started:
         return self.output.read_text()
 
 
-def start(*arguments: str | Path, ranks: int = 1, faults: Mapping[int, str] = MappingProxyType({})) -> Started:
+def start(
+    *arguments: str | Path,
+    ranks: int = 1,
+    faults: Mapping[int, str] = MappingProxyType({}),
+    meeting: Mapping[str, str] = MappingProxyType({}),
+) -> Started:
     """Forks the ranks of `bloomery ARGUMENTS`, as torchrun would start them; `wait` for them, whatever happens.
 
     Args:
-        faults: by rank, the point at which it kills itself (`parallel.common.faults`).
+        faults: by rank, what happens to it and at which point (`parallel.common.faults`).
+        meeting: variables that say where the ranks meet, other than what torchrun would say.
     """
     output = Path(tempfile.mkstemp(prefix="bloomery-test-")[1])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     found = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo"}
+    found |= meeting
     processes = []
     for rank in range(ranks):
         names = {**found, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
@@ -148,9 +155,9 @@ def start(*arguments: str | Path, ranks: int = 1, faults: Mapping[int, str] = Ma
     return Started(processes=processes, output=output)
 
 
-def run(*arguments: str | Path, ranks: int = 1) -> tuple[list[int], str]:
+def run(*arguments: str | Path, ranks: int = 1, **started_with: Any) -> tuple[list[int], str]:
     """Exit codes and output of `bloomery ARGUMENTS` on forked ranks."""
-    started = start(*arguments, ranks=ranks)
+    started = start(*arguments, ranks=ranks, **started_with)
     codes = started.wait()
     said = started.said()
     started.output.unlink()

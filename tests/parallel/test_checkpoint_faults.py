@@ -43,19 +43,19 @@ POINTS = [
     number=1,
     fault="SIGKILL of one rank in the middle of a shard",
     holds="the checkpoint before loads bit for bit, the half one is never listed",
-    recovery_seconds=0.4,
+    back_after=0.4,
 )
 @pytest.mark.fault(
     number=2,
     fault="SIGKILL of rank 0 before and after the manifest, before and after the rename, in both kinds of save",
     holds="the old checkpoint or the new one loads, never a mixture",
-    recovery_seconds=0.4,
+    back_after=0.4,
 )
 @pytest.mark.fault(
     number=20,
     fault="SIGKILL while an old checkpoint is being removed",
     holds="what stays is whole, the half-removed one is not listed and goes with the next attempt",
-    recovery_seconds=0.4,
+    back_after=0.4,
 )
 def test_a_kill_leaves_the_old_or_the_new_and_never_a_mixture(
     tmp_path: Path, point: str, rank: int, newest: int, asynchronous: bool
@@ -127,7 +127,7 @@ def _link_elsewhere(path: Path) -> None:
     number=18,
     fault="a flipped bit, a zeroed page, a truncation, garbage, a missing file, a link, in every kind of file",
     holds="refused by the file's name on every rank",
-    recovery_seconds=None,
+    back_after="refused, until the file is mended",
 )
 def test_damage_in_any_file_is_refused_by_its_name(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     for number, name in enumerate(FILES):
@@ -150,7 +150,7 @@ def test_a_file_too_many_is_refused_by_its_name(tmp_path: Path) -> None:
     number=18,
     fault="shards of another step",
     holds="refused by the file's name",
-    recovery_seconds=None,
+    back_after="refused, until the file is mended",
 )
 def test_swapped_shards_and_those_of_another_step_are_refused(tmp_path: Path) -> None:
     run_world(lambda: save(tmp_path, steps=(1, 2)), 2)
@@ -194,7 +194,7 @@ class _Payload:
     number=29,
     fault="a pickle that runs code, in every file of a checkpoint, its manifest forged to match",
     holds="no code runs, the file is refused by its name",
-    recovery_seconds=None,
+    back_after="refused",
 )
 def test_code_in_a_file_is_not_run(tmp_path: Path, name: str, plain: bool) -> None:
     """Even where the manifest was forged to match; plain pickle, and inside torch's own file format."""
@@ -220,7 +220,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, name: str, plain: bool) -> No
     number=29,
     fault="tensor metadata that names a file outside the checkpoint",
     holds="refused by the name it gives",
-    recovery_seconds=None,
+    back_after="refused",
 )
 def test_metadata_that_points_outside_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, 1)

@@ -55,7 +55,7 @@ class _Requeued(Counter):
     number=13,
     fault="another attempt takes the run over in the middle of a save",
     holds="the old attempt commits nothing, the new one saves",
-    recovery_seconds=None,
+    back_after="nothing stops: the other attempt has the run",
 )
 def test_an_attempt_that_is_over_commits_nothing(tmp_path: Path, only_the_token: bool) -> None:
     """It began to save before the other took over; either the token stops it, or its directory is gone."""

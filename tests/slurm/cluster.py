@@ -267,7 +267,7 @@ class Cluster:
         """Command lines of what runs on any node besides the node's own slurmd."""
         lines = []
         for node in self.nodes:
-            for process in self.processes(node, r"launcher|slurmstepd|slurm_script"):
+            for process in self.processes(node, r"launcher|slurmstepd|slurm_script|raylet|gcs_server"):
                 if not (Path(f"/proc/{process}/cmdline").read_bytes().endswith(b"infinity\0")):
                     lines.append(f"{node}: {Path(f'/proc/{process}/cmdline').read_bytes()!r}")
         return lines

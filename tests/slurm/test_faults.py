@@ -39,7 +39,7 @@ def gone_on_with(job: Job, undisturbed: list[Step]) -> None:
     number=4,
     fault="`scontrol requeue` while it trains",
     holds="saved and started again, the same bits",
-    recovery_seconds=None,
+    back_after=None,
 )
 def test_requeue(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed) -> None:
     job = submit(cluster, tiny_run(tmp_path, store, "requeue"), pace_seconds=0.1)
@@ -56,7 +56,7 @@ def test_requeue(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Und
     number=8,
     fault="scancel while it trains, and while it waits",
     holds="CANCELLED and stays so, the checkpoint is whole, nothing is left",
-    recovery_seconds=None,
+    back_after="never: it was cancelled",
 )
 def test_a_cancelled_job_stays_cancelled(
     cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed
@@ -81,7 +81,7 @@ def test_a_cancelled_job_stays_cancelled(
     number=8,
     fault="scancel during a save, and between a requeue and the next start",
     holds="CANCELLED and stays so, the checkpoint before or after is whole",
-    recovery_seconds=None,
+    back_after="never: it was cancelled",
 )
 def test_a_job_cancelled_at_the_worst_time_stays_cancelled(
     cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed
@@ -110,7 +110,7 @@ def test_a_job_cancelled_at_the_worst_time_stays_cancelled(
     number=5,
     fault="the time limit comes near: USR1, perhaps before the first step",
     holds="all ranks save the same step, no step is lost, requeued, the same bits",
-    recovery_seconds=None,
+    back_after=None,
 )
 def test_time_limit(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed) -> None:
     job = submit(cluster, tiny_run(tmp_path, store, "limit"), pace_seconds=1.0, time="1m", lead_seconds=20)
@@ -133,7 +133,7 @@ def test_time_limit(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: 
     number=7,
     fault="a job of a higher partition takes all nodes",
     holds="saved in the grace time, requeued and not FAILED, no step lost, the same bits",
-    recovery_seconds=None,
+    back_after=None,
 )
 def test_preemption(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed) -> None:
     job = submit(cluster, tiny_run(tmp_path, store, "preempted"), pace_seconds=0.1)
@@ -153,7 +153,7 @@ def test_preemption(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: 
     number=4,
     fault="a node loses power: the one that runs the batch script, or another",
     holds="the job goes on on other nodes, the same bits",
-    recovery_seconds=None,
+    back_after=None,
 )
 @pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])
 def test_power_cut(which: int, cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed) -> None:
@@ -174,7 +174,7 @@ def test_power_cut(which: int, cluster: Cluster, tmp_path: Path, store: Path, un
     number=15,
     fault="slurmctld dies and is back after 3 s; then slurmd dies and is back after 3 s",
     holds="the job does not notice",
-    recovery_seconds=None,
+    back_after="nothing stops",
 )
 def test_daemons_that_come_back(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed) -> None:
     job = submit(cluster, tiny_run(tmp_path, store, "daemons"), pace_seconds=0.3)
@@ -197,7 +197,7 @@ def test_daemons_that_come_back(cluster: Cluster, tmp_path: Path, store: Path, u
     number=15,
     fault="slurmd dies and does not come back",
     holds="as a lost node: on other nodes, the same bits, no rank is left behind",
-    recovery_seconds=None,
+    back_after=None,
 )
 def test_a_daemon_that_stays_away(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed) -> None:
     job = submit(cluster, tiny_run(tmp_path, store, "orphaned"), pace_seconds=0.5)
@@ -215,7 +215,7 @@ def test_a_daemon_that_stays_away(cluster: Cluster, tmp_path: Path, store: Path,
     number=4,
     fault="a rank is killed; then another one on the same node",
     holds="started again at once on the same nodes; then requeued without that node, the same bits",
-    recovery_seconds=None,
+    back_after=None,
 )
 def test_a_node_that_kills_ranks_is_left_out(
     cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed
@@ -238,7 +238,7 @@ def test_a_node_that_kills_ranks_is_left_out(
     number=26,
     fault="every start dies in its first save",
     holds="after slurm.tries starts the job ends with 1 and says why",
-    recovery_seconds=None,
+    back_after="stopped, for somebody to mend the cause",
 )
 def test_a_crash_that_repeats_ends_the_job(cluster: Cluster, tmp_path: Path, store: Path) -> None:
     config = tiny_run(tmp_path, store, "loop")
@@ -255,7 +255,7 @@ def test_a_crash_that_repeats_ends_the_job(cluster: Cluster, tmp_path: Path, sto
     number=21,
     fault="a node is lost and no other is there (slurm.shrink)",
     holds="goes on on what is left, the same samples, losses within 1e-5",
-    recovery_seconds=None,
+    back_after=None,
 )
 def test_shrink(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed) -> None:
     job = submit(cluster, tiny_run(tmp_path, store, "shrink"), "slurm.shrink=true", pace_seconds=0.1)
@@ -279,7 +279,7 @@ def test_shrink(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undi
     number=13,
     fault="a node freezes in a save, the job is started elsewhere, the node thaws and its slurmd is dead",
     holds="the stale ranks commit nothing and write nothing into the run, the same bits",
-    recovery_seconds=None,
+    back_after=None,
 )
 def test_split_brain(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed) -> None:
     config = tiny_run(tmp_path, store, "split")

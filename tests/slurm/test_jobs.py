@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.slurm.submission import SCRIPTS
-from tests.launcher.tiny import command, environment, run
+from tests.launcher.tiny import command, environment, run, texts
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.jobs import PATIENCE_SECONDS, Job, Step, measured, steps_of, submit, tiny_run
 
@@ -20,7 +20,7 @@ CANARY = "canary-4711-secret"
     number=30,
     fault="secrets in the environment of a submitted run",
     holds="its ranks have them; no log, record, checkpoint, configuration or batch script does",
-    recovery_seconds=None,
+    back_after="nothing stops",
 )
 def test_two_nodes_with_two_ranks_each(
     cluster: Cluster,
@@ -56,7 +56,7 @@ def test_two_nodes_with_two_ranks_each(
     number=29,
     fault="shell text in the words of a job that was submitted past `bloomery submit`",
     holds="it reaches the ranks as a value and is refused there; nothing runs, nothing is written elsewhere",
-    recovery_seconds=None,
+    back_after="refused",
 )
 def test_words_of_a_job_are_words(cluster: Cluster, tmp_path: Path, store: Path) -> None:
     config = tiny_run(tmp_path, store, "hostile")
@@ -79,7 +79,7 @@ def test_words_of_a_job_are_words(cluster: Cluster, tmp_path: Path, store: Path)
     number=14,
     fault="two jobs are submitted for one run",
     holds="the second is refused at once, exit code 2, and told whose job has it; the first goes on",
-    recovery_seconds=None,
+    back_after="nothing stops: the first job has the run",
 )
 def test_the_second_job_on_a_run_is_refused(
     cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Callable[..., list[Step]]
@@ -121,7 +121,7 @@ def test_a_sweep_is_an_array_of_runs(cluster: Cluster, tmp_path: Path, store: Pa
     sweep = tmp_path / "rates.txt"
     rates = (0.01, 0.001)
     sweep.write_text("".join(f"run.name=r{at} run.dir={tmp_path}/r{at} optimizer.learning_rate={at}\n" for at in rates))
-    job = submit(cluster, config, nodes=1, sweep=sweep, at_once=2)
+    job = submit(cluster, config, nodes=1, ranks_per_node=2, sweep=sweep, at_once=2)
     for rate in rates:
         directory = tmp_path / f"r{rate}"
         until(lambda at=directory: (at / "outcome.json").exists(), PATIENCE_SECONDS, f"{directory}: {job.told()}")
@@ -134,10 +134,10 @@ def test_evaluate_and_data_build_are_jobs_too(cluster: Cluster, tmp_path: Path, 
     config = tiny_run(tmp_path, store, "looked-at", train={"steps": 3})
     assert run("train", config, ranks=2)[0] == [0, 0]
     corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps({"text": f"text number {number} " * 20}) + "\n" for number in range(400)))
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts("data", 400)))
     build = tmp_path / "build.yaml"
     source = f"{{name: words, path: [{corpus}], format: jsonl}}"
-    build.write_text(f"data: {{sources: [{source}], store: {tmp_path}/built, tokenizer: {{vocabulary_size: 300}}}}\n")
+    build.write_text(f"data: {{sources: [{source}], store: {tmp_path}/built, tokenizer: {{vocabulary_size: 384}}}}\n")
     variables = {**environment(), **cluster.environment, "BLOOMERY_PYTHON": os.sys.executable}
     jobs = []
     for script, word in (("evaluate.sbatch", str(config.parent / "run")), ("data.sbatch", str(build))):
@@ -149,6 +149,6 @@ def test_evaluate_and_data_build_are_jobs_too(cluster: Cluster, tmp_path: Path, 
         until(lambda at=job: at.state not in ("PENDING", "RUNNING", "COMPLETING"), PATIENCE_SECONDS, script)
         assert job.state == "COMPLETED", (tmp_path / f"{script}.out").read_text()
     assert (config.parent / "run" / "evaluation.json").is_file()
-    assert "Ray has 2 nodes" in (tmp_path / "data.sbatch.out").read_text()
+    assert "2 nodes with" in (tmp_path / "data.sbatch.out").read_text()
     assert (tmp_path / "built" / "manifest.jsonl").is_file()
     until(lambda: not cluster.left_over(), 60, f"nothing left: {cluster.left_over()}")
