@@ -11,18 +11,16 @@ this process dies with its starter, so that no rank outlives a killed `bloomery 
 import logging
 import os
 import signal
-import socket
 import sys
-from pathlib import Path
 
 from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
+from launcher.blame import blame, node_name
 from launcher.lifetime import children, die_with_parent, send
-from launcher.work import ATTEMPT_VARIABLE, BLAME_VARIABLE, STARTER_VARIABLE
-from parallel.common.lines import JsonLines
+from launcher.work import ATTEMPT_VARIABLE, STARTER_VARIABLE
 
 _KILLED_BY_TORCHRUN = (-signal.SIGTERM,)
 
@@ -37,16 +35,14 @@ def _hand_on(number: int, _frame: object) -> None:
 
 def _note(failed: ChildFailedError) -> None:
     """The node whose rank was killed, for the scheduler's next choice of nodes."""
-    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    host = node_name()
     killed = {rank: failure for rank, failure in failed.failures.items() if failure.exitcode < 0}
     for rank, failure in killed.items():
         if failure.exitcode in _KILLED_BY_TORCHRUN:
             continue
         cause = f"rank {rank} on {host} was killed by {signal.Signals(-failure.exitcode).name}"
         print(f"bloomery: {cause}", file=sys.stderr, flush=True)
-        if BLAME_VARIABLE in os.environ:
-            record = {"attempt": os.environ.get(ATTEMPT_VARIABLE), "host": host, "cause": cause}
-            JsonLines(Path(os.environ[BLAME_VARIABLE])).append(record)
+        blame(host, cause, attempt=os.environ.get(ATTEMPT_VARIABLE))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 Read it from top to bottom to know what a run is made of; each line names the room where its part lives.
 """
 
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from launcher import config as configuration
 from launcher.anomaly.judge import Judge
 from launcher.anomaly.replicas import Replicas
 from launcher.batches import Batches
+from launcher.blame import node_name
 from launcher.config import RunConfig, WandbMode
 from launcher.display import Display, make_display
 from launcher.evaluation.validation import Validation
@@ -109,7 +109,7 @@ def assemble(
     )
     display = make_display(topology.rank)
     saving = Saving(config.checkpoint, total_steps=steps, rank=topology.rank)
-    hosts = exchange(socket.gethostname())
+    hosts = exchange(node_name())
     several = _hosts() if topology.world_size > 1 else None
     judge = Judge(config.anomaly, progress=progress, group=several, event=event)
     engine.pulse, engine.accepts, engine.before_update = pulse, judge.accepts, checkpoints.copied

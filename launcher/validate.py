@@ -43,6 +43,7 @@ _POSITIVE = (
     "optimizer.adafactor.clip", "checkpoint.every_steps", "checkpoint.every_seconds", "checkpoint.keep",
     "checkpoint.keep_every_steps", "evaluate.every_steps", "evaluate.batches",
     "watchdog.limit_seconds", "watchdog.long_limit_seconds", "watchdog.straggler_steps", "watchdog.straggler_share",
+    "watchdog.straggler_looks", "watchdog.straggler_seconds", "watchdog.straggler_quiet_seconds",
     "anomaly.window_steps", "anomaly.deviations", "anomaly.replicas_every_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (

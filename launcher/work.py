@@ -20,9 +20,6 @@ ATTEMPT_VARIABLE = "BLOOMERY_ATTEMPT"
 OUTCOME_VARIABLE = "BLOOMERY_OUTCOME"
 """File in which the ranks of a `--ranks N` call say how it ended."""
 
-BLAME_VARIABLE = "BLOOMERY_BLAME"
-"""File of a job in which nodes are noted whose ranks were killed."""
-
 _MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _FIRST_PORT, _PORTS = 20000, 20000
 

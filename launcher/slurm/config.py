@@ -63,7 +63,7 @@ class SlurmConfig:
     requeue: bool = True
     """Whether a job that was stopped or lost its node waits in the queue again by itself."""
     tries: int = 3
-    """Starts in a row that may end without a newer checkpoint before the job gives up."""
+    """Starts in a row that fail at the same step, or before it, before the job gives up."""
     shrink: bool = False
     """Start on fewer nodes where not all are to be had, with the nearest layout that fits: the same samples."""
     environment: list[str] = field(default_factory=list)

@@ -26,8 +26,9 @@ from launcher.verbs.train import prepared, split
 from parallel.checkpoint.manifest import whole_steps
 from parallel.common.lines import JsonLines
 
+_UNSAVED_TIMES = 3
 BLAMED_TIMES = 2
-"""A node on which so many attempts lost a rank is left out of the next one."""
+"""A node that cost so many attempts is left out of the next one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,14 +43,14 @@ class Ended:
     """The time limit is near: Slurm sent the signal that this job had asked for."""
     preempted: bool
     """Slurm wants the nodes for a job of a higher priority, and this one still runs, in its grace time."""
-    fruitless: int
-    """Starts in a row, this one among them, that failed after the same checkpoint."""
-    tries: int
-    """How many of those are borne."""
+    hopeless: str | None
+    """Why it would end so again, where the starts before this one say so."""
+    hung: bool = False
+    """The watchdog ended it: nothing was saved, and what hung may do so again."""
     killed: str | None = None
-    """Which rank was killed, where one was: the cause of what the others met with."""
+    """Which rank was killed or hung, where one was: the cause of what the others met with."""
     bad_nodes: tuple[str, ...] = ()
-    """Nodes that have lost ranks again and again, where enough others are to be had."""
+    """Nodes that cost attempts again and again, where enough others are to be had."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,16 +70,17 @@ def decide(ended: Ended) -> Verdict:
     cause = outcome.message if outcome is not None else f"the ranks ended without a word (code {ended.code})"
     if said in (0, 2, 130):
         return Verdict(word="stop", code=said, because=cause)
-    if ended.asked or ended.preempted or said == 75:
+    if ended.asked or ended.preempted or (said == 75 and not ended.hung):
         why = "the time limit is near" if ended.asked else "preempted" if ended.preempted else "asked to stop"
         return Verdict(word="requeue", code=75, because=f"{why}: {cause}")
     cause = ended.killed or cause
-    if ended.fruitless >= ended.tries:
-        because = f"{cause}: {ended.fruitless} starts in a row ended so without a newer checkpoint (slurm.tries)"
-        return Verdict(word="stop", code=said or 1, because=because)
+    if ended.hopeless:
+        return Verdict(word="stop", code=1, because=f"{cause}: {ended.hopeless}")
     if ended.bad_nodes:
-        because = f"{cause}; {', '.join(ended.bad_nodes)} lost ranks {BLAMED_TIMES} times"
+        because = f"{cause}; {', '.join(ended.bad_nodes)} cost {BLAMED_TIMES} attempts"
         return Verdict(word="requeue", code=75, because=because, exclude=ended.bad_nodes)
+    if ended.hung:
+        return Verdict(word="requeue", code=75, because=cause)
     return Verdict(word="again", code=said or 1, because=cause)
 
 
@@ -105,7 +107,8 @@ def after(options: argparse.Namespace) -> int:
     directory = RunDirectory(configuration.run_directory(config))
     told = Outcome.read(Path(os.environ["BLOOMERY_OUTCOME"]))
     outcome = told if told is not None and told.attempt == options.attempt else None
-    failed = outcome is None or outcome.exit_code not in (0, 2, 75, 130)
+    hung = any(event["event"] == "hung" and event["attempt"] == options.attempt for event in directory.events)
+    failed = hung or outcome is None or outcome.exit_code not in (0, 2, 75, 130)
     excluded = _words(options.excluded.replace("(null)", ""))
     verdict = decide(
         Ended(
@@ -113,8 +116,8 @@ def after(options: argparse.Namespace) -> int:
             outcome=outcome,
             asked=options.asked,
             preempted=options.preempted not in ("None", "Unknown", ""),
-            fruitless=fruitless(directory, options.attempt) if failed else 0,
-            tries=config.slurm.tries,
+            hung=hung,
+            hopeless=hopeless(directory, options.attempt, config.slurm.tries) if failed else None,
             killed=next((line["cause"] for line in _blame(directory) if line["attempt"] == options.attempt), None),
             bad_nodes=bad_nodes(directory, usable=_words(options.usable), needed=options.nodes, excluded=excluded),
         )
@@ -124,12 +127,25 @@ def after(options: argparse.Namespace) -> int:
     return 0
 
 
-def fruitless(directory: RunDirectory, attempt: str) -> int:
-    """Notes a failed start; how many in a row, with it, failed after the checkpoint that is still the newest."""
+def hopeless(directory: RunDirectory, attempt: str, tries: int) -> str | None:
+    """Notes a failed start; why there is no use in another, where so many in a row, with it, came no further.
+
+    Several times as many are borne that come a little further each time, but never to the next checkpoint.
+    """
     failures = JsonLines(directory.logs / "failed-starts.jsonl")
     newest = max(whole_steps(directory.checkpoints), default=0)
-    failures.append({"attempt": attempt, "newest_step": newest})
-    return len([failure for failure in failures if failure["newest_step"] == newest])
+    reached = max((record["step"] for record in directory.metrics), default=0)
+    failures.append({"attempt": attempt, "newest_step": newest, "step": max(newest, reached)})
+    in_a_row, furthest, unsaved = 0, -1, 0
+    for failure in failures:
+        in_a_row = in_a_row + 1 if failure["step"] <= furthest else 1
+        furthest = max(furthest, failure["step"])
+        unsaved += failure["newest_step"] == newest
+    if in_a_row >= tries:
+        return f"{in_a_row} starts in a row came no further than step {furthest} (slurm.tries)"
+    if unsaved >= tries * _UNSAVED_TIMES:
+        return f"{unsaved} starts in a row ended without a newer checkpoint than that of step {newest}"
+    return None
 
 
 def bad_nodes(
@@ -145,7 +161,7 @@ def bad_nodes(
 
 
 def _blame(directory: RunDirectory) -> JsonLines:
-    """Nodes whose ranks were killed; the nodes write it (launcher/agent.py), the batch script names it."""
+    """Nodes that cost attempts (launcher/blame.py)."""
     return JsonLines(directory.logs / "blame.jsonl")
 
 

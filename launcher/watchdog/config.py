@@ -14,5 +14,11 @@ class WatchdogConfig:
     """The same for what is long by nature: the start, the first step of an attempt, a save, an evaluation."""
     straggler_steps: int = 50
     """Steps between two looks at who waits for whom."""
+    straggler_seconds: float = 20.0
+    """A look spans this time at least; shorter ones are added up."""
     straggler_share: float = 0.1
-    """A rank for which all others wait this share of the time is named; the run goes on."""
+    """A rank is behind if all others wait for it by this share of the time more than for the median of the others."""
+    straggler_looks: int = 5
+    """A rank that is behind in so many looks in a row is named; the run goes on."""
+    straggler_quiet_seconds: float = 600.0
+    """Least time between two lines about the same rank."""

@@ -12,18 +12,18 @@ the run is written only where the run still is this attempt's.
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from launcher.blame import blame, node_name
 from launcher.outcome import Outcome
 from launcher.run_directory import Lock, RunDirectory
 from launcher.watchdog.beats import Beat, Beats
 from launcher.watchdog.monitor import hang_directory
-from launcher.watchdog.verdict import Report, read_stack, sentence
+from launcher.watchdog.verdict import Report, judge, read_stack
 from launcher.work import OUTCOME_VARIABLE
 from parallel.common.files import write_json, write_text
 
@@ -76,7 +76,7 @@ def observe(rank: int, process: int, beat: Beat, descriptor: int, ask: int, dire
     where, waiting = read_stack(text)
     report = Report(
         rank=rank,
-        host=socket.gethostname(),
+        host=node_name(),
         process=process,
         step=beat.step,
         phase=beat.phase,
@@ -127,8 +127,10 @@ def main(arguments: list[str]) -> None:
         observe(rank, process, beat, stacks_file, ask, directory)
         reports = heard(directory, world_size, words_seconds)
         if rank == reports[0].rank:
-            said = sentence(reports, world_size=world_size, hosts=run.hosts(beat.attempt))
-            conclude(run, beat, directory, said)
+            found = judge(reports, world_size=world_size, hosts=run.hosts(beat.attempt))
+            if found.host is not None:
+                blame(found.host, found.sentence, attempt=beat.attempt)
+            conclude(run, beat, directory, found.sentence)
         else:
             deadline = time.monotonic() + words_seconds
             while not (directory / "verdict.txt").exists() and time.monotonic() < deadline:

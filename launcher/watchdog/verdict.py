@@ -59,8 +59,18 @@ def read_stack(text: str) -> tuple[str, bool]:
     return ", called at ".join(dict.fromkeys(places)), waiting
 
 
-def sentence(reports: Sequence[Report], *, world_size: int, hosts: Mapping[int, str]) -> str:
-    """Names the culprit by rank and host, and says where it is.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """What the monitors make of it."""
+
+    sentence: str
+    """Names the culprit by rank and host, and says where it is."""
+    host: str | None = None
+    """Where all culprits are, if that is one host of several."""
+
+
+def judge(reports: Sequence[Report], *, world_size: int, hosts: Mapping[int, str]) -> Finding:
+    """Finds the culprit.
 
     Args:
         reports: of the ranks from which a word came, at least one.
@@ -68,26 +78,37 @@ def sentence(reports: Sequence[Report], *, world_size: int, hosts: Mapping[int, 
         hosts: {rank: host} as far as it is known.
     """
     if all(report.phase == RENDEZVOUS for report in reports):
-        return _apart(reports, world_size)
+        return Finding(sentence=_apart(reports, world_size))
     silent = sorted(set(range(world_size)) - {report.rank for report in reports})
     stopped = [report for report in reports if report.stopped]
     busy = [report for report in reports if not report.waiting]
     least = min((report.step for report in reports), default=0)
+    everywhere = {report.host for report in reports} | {hosts[rank] for rank in silent if rank in hosts}
+
+    def found(culprits: Sequence[Report], does: str) -> Finding:
+        places = {report.host for report in culprits}
+        host = places.pop() if len(places) == 1 and len(everywhere) > 1 else None
+        return Finding(sentence=_told(culprits, does, reports, silent), host=host)
+
     if stopped:
-        return _told(stopped, "is stopped (by a signal or a debugger)", reports, silent)
+        return found(stopped, "is stopped (by a signal or a debugger)")
     if len(busy) == len(reports) and silent and len(reports) > 1:
         busy = []
     if busy and len(busy) < len(reports):
-        return _told(busy, "hangs", reports, silent)
+        return found(busy, "hangs")
     if silent:
         names = ", ".join(f"rank {rank} on {hosts.get(rank, 'an unknown host')}" for rank in silent[:8])
-        return f"no word comes from {names}: a dead or frozen node; {_waiting(reports)}."
+        places = {hosts.get(rank) for rank in silent}
+        return Finding(
+            sentence=f"no word comes from {names}: a dead or frozen node; {_waiting(reports)}.",
+            host=places.pop() if len(places) == 1 else None,
+        )
     behind = [report for report in reports if report.step == least]
     if len(behind) == len(reports):
         behind = [report for report in reports if _behind(report, reports)] or behind
     if len(reports) == 1 or len(behind) < len(reports):
-        return _told(behind, "hangs", reports, silent)
-    return f"all {world_size} ranks stand still and cannot be told apart; {_place(reports[0])}."
+        return found(behind, "hangs")
+    return Finding(sentence=f"all {world_size} ranks stand still and cannot be told apart; {_place(reports[0])}.")
 
 
 def _behind(report: Report, reports: Sequence[Report]) -> bool:

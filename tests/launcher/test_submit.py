@@ -18,7 +18,7 @@ from launcher.config import RunConfig, load
 from launcher.outcome import Outcome
 from launcher.run_directory import Lock, RunDirectory
 from launcher.slurm.config import TEXTS, SlurmConfig, minutes, slurm_problems
-from launcher.slurm.job import Ended, Verdict, bad_nodes, decide, fruitless
+from launcher.slurm.job import Ended, Verdict, bad_nodes, decide, hopeless
 from launcher.slurm.job import main as job_main
 from launcher.slurm.lead import lead_time_too_short
 from launcher.slurm.shrink import in_fewer_ranks
@@ -153,7 +153,7 @@ def test_time_limits(given: str, expected: str) -> None:
 def ended(code: int | None = None, **facts: object) -> Ended:
     """An attempt that ended with this exit code, as its ranks said; None where they could say nothing."""
     outcome = None if code is None else Outcome(attempt="a", exit_code=code, message="said")
-    known: dict[str, object] = {"code": 1, "asked": False, "preempted": False, "fruitless": 1, "tries": 3}
+    known: dict[str, object] = {"code": 1, "asked": False, "preempted": False, "hopeless": None}
     return Ended(outcome=outcome, **{**known, **facts})  # type: ignore[arg-type]
 
 
@@ -172,9 +172,12 @@ def ended(code: int | None = None, **facts: object) -> Ended:
         (ended(130), "stop", 130),
         (ended(1), "again", 1),
         (ended(None), "again", 1),
-        (ended(1, fruitless=3), "stop", 1),
+        (ended(1, hopeless="3 starts"), "stop", 1),
         (ended(1, bad_nodes=("n1",)), "requeue", 75),
-        (ended(1, bad_nodes=("n1",), fruitless=3), "stop", 1),
+        (ended(75, hung=True), "requeue", 75),
+        (ended(75, hung=True, hopeless="3 starts"), "stop", 1),
+        (ended(75, hopeless="3 starts"), "requeue", 75),
+        (ended(1, bad_nodes=("n1",), hopeless="3 starts"), "stop", 1),
     ],
 )
 def test_what_follows_an_attempt(facts: Ended, word: str, code: int) -> None:
@@ -188,10 +191,19 @@ def test_the_rank_that_was_killed_is_the_cause_and_not_what_the_others_met_with(
     )
 
 
-def test_starts_without_a_newer_checkpoint_are_counted(tmp_path: Path) -> None:
+def test_a_crash_that_repeats_at_the_same_step_is_hopeless(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     directory.logs.mkdir()
-    assert [fruitless(directory, attempt) for attempt in "abc"] == [1, 2, 3]
+
+    def failed(at: int) -> str | None:
+        directory.metrics.keep(lambda _: False)
+        directory.metrics.append({"step": at})
+        return hopeless(directory, "a", 3)
+
+    assert [failed(at) for at in (7, 9, 8)] == [None] * 3, "it came further in between"
+    assert failed(9) == "3 starts in a row came no further than step 9 (slurm.tries)"
+    assert [failed(at) for at in range(10, 14)] == [None] * 4
+    assert failed(14) == "9 starts in a row ended without a newer checkpoint than that of step 0"
 
 
 def test_a_node_that_loses_ranks_twice_is_left_out_where_enough_others_are(tmp_path: Path) -> None:

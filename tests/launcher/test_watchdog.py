@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -15,7 +16,9 @@ import launcher.batches
 from launcher.outcome import Outcome
 from launcher.run_directory import RunDirectory
 from launcher.watchdog.collectives import waited_for
-from launcher.watchdog.verdict import Report, sentence
+from launcher.watchdog.config import WatchdogConfig
+from launcher.watchdog.stragglers import Suspicion
+from launcher.watchdog.verdict import Report, judge
 from tests.launcher.test_train import records, wait_for_step
 from tests.launcher.tiny import configuration, run, start
 
@@ -142,9 +145,12 @@ def _report(
     ],
 )
 def test_the_culprit_is_told_from_those_that_wait(reports: list[Report], told: str) -> None:
-    said = sentence(reports, world_size=4, hosts={3: "node1"})
-    assert said.startswith(told)
-    assert said.count("\n") == 0
+    found = judge(reports, world_size=4, hosts={3: "node1"})
+    assert found.sentence.startswith(told)
+    assert found.sentence.count("\n") == 0
+    assert (found.host == "node1") == told.startswith(
+        ("rank 2 on node1 hangs", "rank 3", "rank 2 on node1 is", "no word")
+    )
 
 
 @pytest.mark.fault(
@@ -160,7 +166,7 @@ def test_a_slow_rank_is_named_while_the_run_goes_on(tmp_path: Path, store: Path)
         store,
         train={"steps": 100_000},
         checkpoint={"every_steps": 100_000},
-        watchdog={"straggler_steps": 10, "straggler_share": 0.25},
+        watchdog={"straggler_steps": 10, "straggler_share": 0.25, "straggler_seconds": 0.5, "straggler_looks": 2},
     )
     started = start("train", config, ranks=2)
     events = RunDirectory(tmp_path / "run").events
@@ -178,7 +184,31 @@ def test_a_slow_rank_is_named_while_the_run_goes_on(tmp_path: Path, store: Path)
     assert found[0]["event"] == "straggler"
     assert found[0]["host"] == HOST
     assert found[0]["share"] > 0.25
-    assert f"rank 1 on {HOST} is slow: the others waited for it" in started.said()
+    assert started.said().count(f"rank 1 on {HOST} is slow: the others waited for it") == 1, "once, not at each look"
+
+
+def test_only_who_stays_behind_is_named_and_once() -> None:
+    """Looks of 20 s: noise of a shared machine, a rank that hangs back for a while, one that gets much slower."""
+    chance = random.Random(1)
+    suspicion = Suspicion(WatchdogConfig())
+    told = []
+    for look in range(300):
+        shares = [max(0.0, chance.gauss(0.15, 0.05)) for _ in range(8)]  # all are late now and then, nobody always
+        if 100 <= look < 200:
+            shares[5] += 0.4
+        if 150 <= look < 200:
+            shares[5] += 0.5
+        if 250 <= look < 254:
+            shares[2] += 0.4  # too short to be told
+        told += [(look, rank) for rank in suspicion.named(shares, 20.0 * look)]
+    assert told == [(104, 5), (150, 5)]
+
+
+def test_of_two_ranks_the_one_is_measured_by_the_other() -> None:
+    suspicion = Suspicion(WatchdogConfig(straggler_looks=3, straggler_quiet_seconds=100.0))
+    assert [suspicion.named([0.3, 0.28], 20.0 * look) for look in range(9)] == [[]] * 9, "both wait as much"
+    found = [suspicion.named([0.05, 0.3 if look % 6 < 3 else 0.0], 20.0 * look) for look in range(18)]
+    assert [look for look, ranks in enumerate(found) if ranks] == [2, 8, 14], "again where it had caught up"
 
 
 def test_clocks_that_differ_make_nobody_late() -> None:

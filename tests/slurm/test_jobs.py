@@ -17,12 +17,18 @@ CANARY = "canary-4711-secret"
 
 
 @pytest.mark.fault(
+    number=4,
+    fault="`scontrol requeue` while it trains, on two nodes with two ranks each",
+    holds="saved and started again, no step lost, the same bits",
+    back_after=None,
+)
+@pytest.mark.fault(
     number=30,
     fault="secrets in the environment of a submitted run",
     holds="its ranks have them; no log, record, checkpoint, configuration or batch script does",
     back_after="nothing stops",
 )
-def test_two_nodes_with_two_ranks_each(
+def test_two_nodes_with_two_ranks_each_and_a_requeue(
     cluster: Cluster,
     tmp_path: Path,
     store: Path,
@@ -31,7 +37,7 @@ def test_two_nodes_with_two_ranks_each(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", CANARY)
     tracking = {"wandb": {"mode": "offline"}}
-    job = submit(cluster, tiny_run(tmp_path, store, "plain", tracking=tracking), ranks_per_node=2)
+    job = submit(cluster, tiny_run(tmp_path, store, "plain", tracking=tracking), ranks_per_node=2, pace_seconds=0.1)
     started = time.monotonic()
     job.reached(1)
     measured("from submission to the first step", started)
@@ -41,8 +47,15 @@ def test_two_nodes_with_two_ranks_each(
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "running"
     assert status["job"].startswith(f"{job.identity} (RUNNING")
+    job.reached(12)
+    started = time.monotonic()
+    cluster.run("scontrol", "requeue", job.identity)
+    job.reached(1, attempts=2)
+    measured("requeue", started)
     job.ended("COMPLETED")
     assert steps_of(job.run) == undisturbed(ranks=4)
+    assert [attempt["steps_lost"] for attempt in job.attempts()] == [0, 0]
+    assert job.field("Restarts") == "1"
     assert job.attempts()[0]["layout"]["tensor"] == job.attempts()[0]["layout"]["data"] == 2
     until(lambda: not cluster.left_over(), 30, f"nothing left: {cluster.left_over()}")
     script = tmp_path / "script"
