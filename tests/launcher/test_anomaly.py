@@ -152,7 +152,7 @@ def test_stop_ends_all_ranks_unsaved(tmp_path: Path, store: Path, monkeypatch: p
     number=23,
     fault="samples that give NaN, anomaly.not_finite=rollback",
     holds="back to the checkpoint, on behind those samples; the loader's state and ledger know; no step stands twice",
-    back_after=None,
+    back_after=0.1,
 )
 @pytest.mark.distributed
 def test_a_rollback_jumps_over_the_data(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,7 @@ def wait_for(condition: Callable[[], object], started: Started) -> None:
     number=9,
     fault="SIGTERM during a save, and once more",
     holds="that checkpoint is whole, the step after it is saved too, both ranks end with 75, the same bits",
-    back_after=None,
+    back_after=3.8,
 )
 def test_signals_during_a_save(tmp_path: Path, store: Path, undisturbed: list[dict[str, Any]]) -> None:
     config = configuration(tmp_path, store)
@@ -92,7 +92,7 @@ def test_signals_during_a_save(tmp_path: Path, store: Path, undisturbed: list[di
     number=9,
     fault="SIGUSR1 before the first step, again and again",
     holds="the first step is saved, both ranks end with 75, the same bits",
-    back_after=None,
+    back_after=3.4,
 )
 def test_a_signal_before_the_first_step(tmp_path: Path, store: Path, undisturbed: list[dict[str, Any]]) -> None:
     config = configuration(tmp_path, store)
@@ -131,7 +131,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     number=16,
     fault="the disk is full: not a byte is left; or too few for a checkpoint",
     holds="the run ends with 2 and says where room is missing; the checkpoint before stands; with room, the same bits",
-    back_after=None,
+    back_after=4.3,
 )
 @pytest.mark.parametrize("left_bytes", [0, 256 << 10], ids=["none", "some"])
 def test_a_full_disk(small_disk: Path, store: Path, undisturbed: list[dict[str, Any]], left_bytes: int) -> None:
@@ -156,7 +156,7 @@ def test_a_full_disk(small_disk: Path, store: Path, undisturbed: list[dict[str, 
     fault="writing fails (EIO, no space, no permission, a stale handle) in a shard or around the manifest, at once or "
     "in the background",
     holds="all ranks end with 2 and the cause, by the next step; the checkpoint before stands; the same bits",
-    back_after=None,
+    back_after=3.4,
 )
 @pytest.mark.parametrize(
     ("rank", "fault", "asynchronous", "told"),
@@ -215,7 +215,7 @@ def test_a_rank_that_is_late(tmp_path: Path, store: Path, undisturbed: list[dict
     number=27,
     fault="a rank never comes to where the ranks meet; or the host to meet at does not exist",
     holds="within watchdog.long_limit_seconds the others end, and say where they waited for whom",
-    back_after=None,
+    back_after="ended at the limit; a job starts again",
 )
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
 def test_ranks_that_do_not_meet(tmp_path: Path, store: Path, host: str) -> None:
@@ -236,7 +236,7 @@ def test_ranks_that_do_not_meet(tmp_path: Path, store: Path, host: str) -> None:
     number=27,
     fault="the port to meet at is taken by somebody else",
     holds="the first rank ends with 2 at once and says so",
-    back_after=None,
+    back_after="ended at once; a job takes another port each time",
 )
 def test_a_port_that_is_taken(tmp_path: Path, store: Path) -> None:
     with socket.socket() as taken:
@@ -255,7 +255,7 @@ def test_a_port_that_is_taken(tmp_path: Path, store: Path) -> None:
     number=28,
     fault="a rank's host memory is exhausted, while it loads data; or in a save",
     holds="the rank, its host and the place are named, all ranks end; the checkpoint before stands, the same bits",
-    back_after=None,
+    back_after=4.0,
 )
 @pytest.mark.parametrize("where", ["loading", "saving"])
 def test_memory_that_is_exhausted(

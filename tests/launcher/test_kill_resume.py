@@ -13,7 +13,7 @@ pytestmark = pytest.mark.distributed
     number=3,
     fault="all ranks are killed a dozen times, at points of a save and at random, over several runs",
     holds="each start takes the newest whole checkpoint; the run ends with the bits of an undisturbed one",
-    back_after=None,
+    back_after=2.8,
 )
 def test_a_run_killed_again_and_again_is_the_same_run(tmp_path: Path) -> None:
     found = kill_runs(tmp_path, rounds=12, cases=("zero2-asynchronous",), seed=4)

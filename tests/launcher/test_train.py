@@ -60,7 +60,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path, store: Path, ra
     number=10,
     fault="SIGTERM to one of two ranks",
     holds="both save the same step and end with 75",
-    back_after=None,
+    back_after="saved within a step; a job is requeued (5)",
 )
 def test_a_signal_saves_on_all_ranks_and_asks_to_be_requeued(tmp_path: Path, store: Path) -> None:
     config = configuration(tmp_path, store, train={"steps": 1000}, checkpoint={"every_steps": 1000})

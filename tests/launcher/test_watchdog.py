@@ -58,7 +58,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, rank: int, what: Callabl
     number=11,
     fault="one of two ranks sleeps, holds the interpreter in a C call, or is stopped by a signal",
     holds="named by rank, host, step and place; the stacks of all ranks are there; the outcome is 75; the run goes on",
-    back_after=None,
+    back_after=6.7,
 )
 @pytest.mark.distributed
 @pytest.mark.parametrize(

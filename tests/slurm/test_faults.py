@@ -93,7 +93,7 @@ def test_a_job_cancelled_at_the_worst_time_stays_cancelled(
     number=5,
     fault="the time limit comes near: USR1, perhaps before the first step",
     holds="all ranks save the same step, no step is lost, requeued, the same bits",
-    back_after=None,
+    back_after=66.0,
 )
 def test_time_limit(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed) -> None:
     job = submit(cluster, tiny_run(tmp_path, store, "limit"), pace_seconds=1.0, time="1m", lead_seconds=20)
@@ -116,7 +116,7 @@ def test_time_limit(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: 
     number=7,
     fault="a job of a higher partition takes all nodes",
     holds="saved in the grace time, requeued and not FAILED, no step lost, the same bits",
-    back_after=None,
+    back_after=29.0,
 )
 def test_preemption(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed) -> None:
     job = submit(cluster, tiny_run(tmp_path, store, "preempted"), pace_seconds=0.1)
@@ -136,7 +136,7 @@ def test_preemption(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: 
     number=4,
     fault="a node loses power: the one that runs the batch script, or another",
     holds="the job goes on on other nodes, the same bits",
-    back_after=None,
+    back_after=82.0,
 )
 @pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])
 def test_power_cut(which: int, cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed) -> None:
@@ -180,7 +180,7 @@ def test_daemons_that_come_back(cluster: Cluster, tmp_path: Path, store: Path, u
     number=15,
     fault="slurmd dies and does not come back",
     holds="as a lost node: on other nodes, the same bits, no rank is left behind",
-    back_after=None,
+    back_after=70.0,
 )
 def test_a_daemon_that_stays_away(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed) -> None:
     job = submit(cluster, tiny_run(tmp_path, store, "orphaned"), pace_seconds=0.5)
@@ -198,7 +198,7 @@ def test_a_daemon_that_stays_away(cluster: Cluster, tmp_path: Path, store: Path,
     number=4,
     fault="a rank is killed; then another one on the same node",
     holds="started again at once on the same nodes; then requeued without that node, the same bits",
-    back_after=None,
+    back_after=24.0,
 )
 def test_a_node_that_kills_ranks_is_left_out(
     cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed
@@ -238,7 +238,7 @@ def test_a_crash_that_repeats_ends_the_job(cluster: Cluster, tmp_path: Path, sto
     number=21,
     fault="a node is lost and no other is there (slurm.shrink)",
     holds="goes on on what is left, the same samples, losses within 1e-5",
-    back_after=None,
+    back_after=75.0,
 )
 def test_shrink(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed) -> None:
     job = submit(cluster, tiny_run(tmp_path, store, "shrink"), "slurm.shrink=true", pace_seconds=0.1)
@@ -262,7 +262,7 @@ def test_shrink(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undi
     number=13,
     fault="a node freezes in a save, the job is started elsewhere, the node thaws and its slurmd is dead",
     holds="the stale ranks commit nothing and write nothing into the run, the same bits",
-    back_after=None,
+    back_after=102.0,
 )
 def test_split_brain(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed) -> None:
     config = tiny_run(tmp_path, store, "split")

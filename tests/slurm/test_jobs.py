@@ -20,7 +20,7 @@ CANARY = "canary-4711-secret"
     number=4,
     fault="`scontrol requeue` while it trains, on two nodes with two ranks each",
     holds="saved and started again, no step lost, the same bits",
-    back_after=None,
+    back_after=70.0,
 )
 @pytest.mark.fault(
     number=30,
