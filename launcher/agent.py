@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
-from launcher.blame import blame, node_name
+from launcher.blame import Kind, blame, node_name
 from launcher.lifetime import children, die_with_parent, send
 from launcher.work import ATTEMPT_VARIABLE, STARTER_VARIABLE
 
@@ -42,7 +42,7 @@ def _note(failed: ChildFailedError) -> None:
             continue
         cause = f"rank {rank} on {host} was killed by {signal.Signals(-failure.exitcode).name}"
         print(f"bloomery: {cause}", file=sys.stderr, flush=True)
-        blame(host, cause, attempt=os.environ.get(ATTEMPT_VARIABLE))
+        blame(host, cause, attempt=os.environ.get(ATTEMPT_VARIABLE), kind=Kind.killed)
 
 
 if __name__ == "__main__":

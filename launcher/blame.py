@@ -6,6 +6,7 @@ batch script names the file, `logs/blame.jsonl` of the run; outside of a job not
 
 import os
 import socket
+from enum import StrEnum
 from pathlib import Path
 
 from parallel.common.lines import JsonLines
@@ -19,7 +20,19 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def blame(node: str, cause: str, *, attempt: str | None) -> None:
-    """Notes that a node cost this attempt, and why."""
+class Kind(StrEnum):
+    """What a node did."""
+
+    killed = "killed"
+    hung = "hung"
+    slow = "slow"
+    """The attempt went on."""
+    bad = "bad"
+    """Of its own measurements: there is nothing to try again."""
+
+
+def blame(node: str, cause: str, *, attempt: str | None, kind: Kind) -> None:
+    """Notes what a node did to this attempt."""
     if BLAME_VARIABLE in os.environ:
-        JsonLines(Path(os.environ[BLAME_VARIABLE])).append({"attempt": attempt, "host": node, "cause": cause})
+        record = {"attempt": attempt, "host": node, "cause": cause, "kind": kind.value}
+        JsonLines(Path(os.environ[BLAME_VARIABLE])).append(record)

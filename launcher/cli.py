@@ -78,6 +78,9 @@ VERBS = {
     "generate": Verb(
         module="launcher.verbs.generate", arguments="CHECKPOINT --prompt TEXT", meaning="continue a text with the model"
     ),
+    "doctor": Verb(
+        module="launcher.verbs.doctor", arguments="[--job]", meaning="what this machine can do, and what to mend"
+    ),
     "report": Verb(
         module="launcher.verbs.report",
         arguments="RUN...",

@@ -47,7 +47,7 @@ def in_ranks(
     try:
         if STARTER_VARIABLE in os.environ:
             die_with_parent(os.getppid())
-        _join(ranks, _device(ranks))
+        _join(ranks, device_of(ranks))
         token: list[str] = [ranks.attempt]
         dist.broadcast_object_list(token, src=0)
         ranks = replace(ranks, attempt=token[0])
@@ -100,7 +100,8 @@ def _ours(frame: traceback.FrameSummary) -> bool:
     return Path(frame.filename).is_relative_to(_ROOT) and "site-packages" not in frame.filename
 
 
-def _device(ranks: Ranks) -> torch.device:
+def device_of(ranks: Ranks) -> torch.device:
+    """Where a rank computes."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     visible = torch.cuda.device_count()

@@ -18,6 +18,7 @@ from launcher.anomaly.judge import RollBack
 from launcher.anomaly.rollback import roll_back
 from launcher.assemble import Parts, assemble
 from launcher.config import RunConfig
+from launcher.doctor.job import preflight
 from launcher.meter import finite
 from launcher.outcome import Outcome
 from launcher.preempt import Preempt
@@ -110,6 +111,8 @@ def _attempt(
             directory.check_not_lost()
             claim(directory.checkpoints, ranks.attempt)
     records = Records(directory, attempt=ranks.attempt, writes=ranks.rank == 0)
+    if job.config.watchdog.preflight:
+        preflight(ranks, event=records.event)
     parts = assemble(job.config, directory, attempt=ranks.attempt, preempt=preempt, pulse=pulse, event=records.event)
     origin = begin(parts, job.config)
     pulse.follow(parts.progress)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import config as configuration
+from launcher.blame import Kind
 from launcher.cli import guarded
 from launcher.length import total_steps
 from launcher.outcome import Outcome
@@ -77,7 +78,7 @@ def decide(ended: Ended) -> Verdict:
     if ended.hopeless:
         return Verdict(word="stop", code=1, because=f"{cause}: {ended.hopeless}")
     if ended.bad_nodes:
-        because = f"{cause}; {', '.join(ended.bad_nodes)} cost {BLAMED_TIMES} attempts"
+        because = f"{cause}; {', '.join(ended.bad_nodes)} left out: bad, or the end of {BLAMED_TIMES} attempts"
         return Verdict(word="requeue", code=75, because=because, exclude=ended.bad_nodes)
     if ended.hung:
         return Verdict(word="requeue", code=75, because=cause)
@@ -118,7 +119,7 @@ def after(options: argparse.Namespace) -> int:
             preempted=options.preempted not in ("None", "Unknown", ""),
             hung=hung,
             hopeless=hopeless(directory, options.attempt, config.slurm.tries) if failed else None,
-            killed=next((line["cause"] for line in _blame(directory) if line["attempt"] == options.attempt), None),
+            killed=_cause(directory, options.attempt),
             bad_nodes=bad_nodes(directory, usable=_words(options.usable), needed=options.nodes, excluded=excluded),
         )
     )
@@ -153,11 +154,20 @@ def bad_nodes(
 ) -> tuple[str, ...]:
     """Nodes to stay away from from now on; none where too few others would be left."""
     attempts: dict[str, set[str]] = {}
+    bad = set()
     for line in _blame(directory):
         attempts.setdefault(line["host"], set()).add(line["attempt"])
-    bad = [host for host, blamed in attempts.items() if len(blamed) >= BLAMED_TIMES and host not in excluded]
-    left = set(usable) - set(bad) - set(excluded)
+        if line["kind"] == Kind.bad or len(attempts[line["host"]]) >= BLAMED_TIMES:
+            bad.add(line["host"])
+    bad -= set(excluded)
+    left = set(usable) - bad - set(excluded)
     return tuple(sorted(bad)) if len(left) >= needed else ()
+
+
+def _cause(directory: RunDirectory, attempt: str) -> str | None:
+    """Whose fault the end of an attempt was; a slow node ends none."""
+    mine = [line for line in _blame(directory) if line["attempt"] == attempt and line["kind"] != Kind.slow]
+    return mine[0]["cause"] if mine else None
 
 
 def _blame(directory: RunDirectory) -> JsonLines:

@@ -12,6 +12,9 @@ class WatchdogConfig:
     be requeued. null watches nothing, for a debugger."""
     long_limit_seconds: float = 540.0
     """The same for what is long by nature: the start, the first step of an attempt, a save, an evaluation."""
+    preflight: bool = True
+    """Whether the nodes are looked at before the first step: arithmetic, clocks, room, speed, versions. One that is bad
+    ends the attempt, and a job goes on without it."""
     straggler_steps: int = 50
     """Steps between two looks at who waits for whom."""
     straggler_seconds: float = 20.0

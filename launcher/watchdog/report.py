@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from launcher.blame import blame, node_name
+from launcher.blame import Kind, blame, node_name
 from launcher.outcome import Outcome
 from launcher.run_directory import Lock, RunDirectory
 from launcher.watchdog.beats import Beat, Beats
@@ -129,7 +129,7 @@ def main(arguments: list[str]) -> None:
         if rank == reports[0].rank:
             found = judge(reports, world_size=world_size, hosts=run.hosts(beat.attempt))
             if found.host is not None:
-                blame(found.host, found.sentence, attempt=beat.attempt)
+                blame(found.host, found.sentence, attempt=beat.attempt, kind=Kind.hung)
             conclude(run, beat, directory, found.sentence)
         else:
             deadline = time.monotonic() + words_seconds

@@ -211,11 +211,13 @@ def test_a_node_that_loses_ranks_twice_is_left_out_where_enough_others_are(tmp_p
     directory.logs.mkdir()
     blame = JsonLines(directory.logs / "blame.jsonl")
     for attempt, host in (("a", "n1"), ("b", "n2"), ("b", "n1"), ("b", "n1")):
-        blame.append({"attempt": attempt, "host": host, "cause": ""})
+        blame.append({"attempt": attempt, "host": host, "cause": "", "kind": "killed"})
     nodes = ["n0", "n1", "n2"]
     assert bad_nodes(directory, usable=nodes, needed=2, excluded=[]) == ("n1",)
     assert bad_nodes(directory, usable=nodes, needed=3, excluded=[]) == ()
     assert bad_nodes(directory, usable=nodes, needed=2, excluded=["n1"]) == ()
+    blame.append({"attempt": "c", "host": "n0", "cause": "", "kind": "bad"})
+    assert bad_nodes(directory, usable=nodes, needed=1, excluded=[]) == ("n0", "n1"), "what a node shows itself counts"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -141,10 +142,12 @@ def start(
         meeting: variables that say where the ranks meet, other than what torchrun would say.
     """
     output = Path(tempfile.mkstemp(prefix="bloomery-test-")[1])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    found = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo"}
+    found = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(ranks),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     found |= meeting
     processes = []
     for rank in range(ranks):
@@ -153,6 +156,15 @@ def start(
             names["BLOOMERY_FAULT"] = faults[rank]
         processes.append(_fork(list(map(str, arguments)), names, output))
     return Started(processes=processes, output=output)
+
+
+def _free_port() -> int:
+    """Below those that the system gives to anyone who connects: nobody takes it before rank 0 does."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def run(*arguments: str | Path, ranks: int = 1, **started_with: Any) -> tuple[list[int], str]:

@@ -180,7 +180,7 @@ class Cluster:
         self.start_controller()
         for node in self.nodes:
             self.power_on(node)
-        until(lambda: self.idle() == len(self.nodes), 60, f"all nodes idle:\n{self.said('sinfo', '-N', '-l')}")
+        until(lambda: self.idle() == len(self.nodes), 180, f"all nodes idle:\n{self.said('sinfo', '-N', '-l')}")
 
     def start_controller(self) -> None:
         """Starts slurmctld, on the state that an earlier one left."""
