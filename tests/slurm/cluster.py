@@ -245,6 +245,11 @@ class Cluster:
         for process in self.processes(node):
             _send(process, signal.SIGCONT)
 
+    def shrink_disk(self, node: str, directory: Path) -> None:
+        """What the node sees in a directory becomes a disk of 16 MiB."""
+        inside = ["nsenter", f"--target={self._init(node)}", "--mount"]
+        subprocess.run([*inside, "mount", "-t", "tmpfs", "-o", "size=16m", "small", str(directory)], check=True)
+
     def processes(self, node: str, pattern: str = ".") -> list[int]:
         """Processes on the node (ids of this machine) whose command line matches."""
         if self._processes[node].poll() is not None:

@@ -218,6 +218,30 @@ def test_a_node_that_kills_ranks_is_left_out(
 
 @pytest.mark.slow
 @pytest.mark.fault(
+    number=16,
+    fault="a node of the job has no room left for temporary files",
+    holds="the preflight names it before the first step; requeued without it, the same bits",
+    back_after=None,
+)
+def test_a_bad_node_is_left_out_from_the_start(
+    cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    cluster.shrink_disk("node1", scratch)
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    job = submit(cluster, tiny_run(tmp_path, store, "unfit"))
+    until(lambda: job.nodes() == ["node0", "node1"], 60, "it starts there")
+    started = time.monotonic()
+    job.reached(1)
+    measured("bad node, from the start of the job", started)
+    assert "node1" not in job.nodes()
+    assert "preflight: node1 has 16 MiB of disk for temporary files left" in job.told()
+    went_on(job, undisturbed(), attempts=1)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
     number=26,
     fault="every start dies in its first save",
     holds="after slurm.tries starts the job ends with 1 and says why and at which step",
