@@ -145,7 +145,7 @@ def findings(needs: Sequence[Wanted], probed: Mapping[str, Mapping[str, Any]]) -
         if _version(name) not in (None, version) and name not in {finding.about for finding in wrong}
     )
     for extra, brings in EXTRAS.items():
-        yield _extra(extra, brings, [need for need in needs if need.extra == extra], probed)
+        yield of_extra(extra, brings, [need for need in needs if need.extra == extra], probed)
 
 
 def _of(need: Wanted, told: Mapping[str, Any]) -> list[Finding]:
@@ -163,7 +163,8 @@ def _of(need: Wanted, told: Mapping[str, Any]) -> list[Finding]:
     return [Finding(about=need.name, text=text, health=Health.bad, remedy=install)]
 
 
-def _extra(extra: str, brings: str, needs: Sequence[Wanted], probed: Mapping[str, Mapping[str, Any]]) -> Finding:
+def of_extra(extra: str, brings: str, needs: Sequence[Wanted], probed: Mapping[str, Mapping[str, Any]]) -> Finding:
+    """The line of an extra, which needs these packages."""
     wrong = [finding for need in needs for finding in _of(need, probed[need.module])]
     if not wrong:
         return Finding(about=f"extra {extra}", text=f"there: {brings}")

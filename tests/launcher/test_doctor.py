@@ -67,22 +67,27 @@ def test_with_everything_there_nothing_has_to_be_mended(tmp_path: Path) -> None:
     assert len(said.splitlines()) == len(found), "a line each"
 
 
-def test_without_any_extra_each_is_named_with_what_it_would_bring(tmp_path: Path) -> None:
-    modules = ["gigatoken", "py3langid", "transformers", "ray", "trafilatura", "warcio", "lxml_html_clean"]
-    code, said, _ = examined(tmp_path, missing=modules)
-    assert code == 0, said
+def test_what_is_missing_or_broken_is_told_and_nothing_falls_over(tmp_path: Path) -> None:
+    extras = ["gigatoken", "py3langid", "transformers", "ray", "trafilatura", "warcio", "lxml_html_clean"]
+    code, said, _ = examined(tmp_path, missing=["torch", *extras], broken=["safetensors", "wandb"])
+    assert code == 2, said
     for name, brings in EXTRAS.items():
         assert f"not there, it would bring {brings}: pip install 'bloomery[{name}]'" in said
-
-
-def test_what_is_broken_is_told_and_nothing_falls_over(tmp_path: Path) -> None:
-    code, said, _ = examined(tmp_path, missing=["torch", "warcio"], broken=["ray", "safetensors"])
-    assert code == 2, said
     assert "torch is not installed: pip install 'torch<2.12,>=2.11'" in said
-    assert "safetensors" in said
     assert "cannot be imported (ImportError: safetensors: undefined symbol): reinstall it" in said
-    assert "extra ray     ray" in said
-    assert "extra warc    warcio is not installed" in said
+
+
+def test_each_extra_has_a_line_of_its_own() -> None:
+    needs = packages.wanted()
+    extras = {need.module: need.extra for need in needs if need.extra}
+    assert set(extras.values()) == set(EXTRAS)
+    for module, extra in extras.items():
+        probed = {need.module: {"error": None, "missing": False} for need in needs}
+        probed[module] = {"error": "ImportError: no symbol", "missing": False}
+        for name, brings in EXTRAS.items():
+            line = packages.of_extra(name, brings, [need for need in needs if need.extra == name], probed)
+            assert (line.health is Health.note) == (name == extra)
+            assert ("cannot be imported (ImportError: no symbol)" in line.text) == (name == extra)
 
 
 def test_a_library_that_crashes_is_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_a_node_that_kills_ranks_is_left_out(
     number=16,
     fault="a node of the job has no room left for temporary files",
     holds="the preflight names it before the first step; requeued without it, the same bits",
-    back_after=None,
+    back_after=60.0,
 )
 def test_a_bad_node_is_left_out_from_the_start(
     cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
