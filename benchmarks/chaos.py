@@ -227,7 +227,7 @@ def configured(directory: Path, store: Path, steps: int) -> Path:
         directory,
         store,
         train={"steps": steps},
-        optimizer={"schedule": {"name": "constant", "warmup_steps": 2}},
+        optimizer={"schedule": {"name": "constant", "warmup_steps": 0}},
         checkpoint={"every_steps": SAVE_EVERY_STEPS, "keep": 3, "asynchronous": True, "fallback": True},
         watchdog={"limit_seconds": 15.0, "long_limit_seconds": 120.0},
     )

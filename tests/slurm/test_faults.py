@@ -180,7 +180,7 @@ def test_daemons_that_come_back(cluster: Cluster, tmp_path: Path, store: Path, u
     number=15,
     fault="slurmd dies and does not come back",
     holds="as a lost node: on other nodes, the same bits, no rank is left behind",
-    back_after=70.0,
+    back_after=116.0,
 )
 def test_a_daemon_that_stays_away(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed) -> None:
     job = submit(cluster, tiny_run(tmp_path, store, "orphaned"), pace_seconds=0.5)
@@ -221,7 +221,7 @@ def test_a_node_that_kills_ranks_is_left_out(
     number=16,
     fault="a node of the job has no room left for temporary files",
     holds="the preflight names it before the first step; requeued without it, the same bits",
-    back_after=60.0,
+    back_after=148.0,
 )
 def test_a_bad_node_is_left_out_from_the_start(
     cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
