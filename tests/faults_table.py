@@ -64,8 +64,8 @@ _HEAD = """\
 Written by `make faults-table` from the markers of the tests; do not edit. Each row is a test that injects the fault
 into a real run and holds what the third column says. "Back after" was measured with a tiny model on two CPU cores that
 did much else (an upper bound), from the fault until the run went on; where a person has to act first, from the same
-command on. Under `tests/slurm` the faults are done to jobs of a real Slurm of four nodes on this one machine, and most of
-the time is Slurm's own and Python's imports (docs/slurm.md).
+command on. Under `tests/slurm` the faults are done to jobs of a real Slurm of four nodes on this one machine; most of
+that time is Slurm's own and Python's imports (docs/slurm.md).
 """
 
 
