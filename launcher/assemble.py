@@ -24,16 +24,19 @@ from launcher.batches import Batches
 from launcher.blame import node_name
 from launcher.config import RunConfig, WandbMode
 from launcher.display import Display, make_display
+from launcher.evaluation.samples import Samples
 from launcher.evaluation.validation import Validation
 from launcher.length import batch_sizes, total_steps
 from launcher.machine import known_machine
 from launcher.meter import Meter
 from launcher.objective import objective_of, plan_of, travelling_length
 from launcher.preempt import Asked, Preempt
+from launcher.profiling import Profile, StepProfile
 from launcher.progress import Every, Progress
 from launcher.run_directory import Lock, RunDirectory
 from launcher.runtime import COLLECTIVE_LIMIT
 from launcher.saving import Saving
+from launcher.tensorboard import TensorBoard
 from launcher.tracking import Shown, Sink, Tracker
 from launcher.watchdog.pulse import Pulse
 from launcher.watchdog.stragglers import Stragglers
@@ -72,6 +75,7 @@ class Parts:
     checkpoints: Checkpoints
     participants: dict[str, Stateful]
     meter: Meter
+    profile: Profile
     display: Display
     tracker: Tracker
 
@@ -125,12 +129,13 @@ def assemble(
         progress=progress,
         preempt=preempt,
         judge=judge,
-        validation=Validation(config, store=store, topology=topology, total_steps=steps),
+        validation=_validation(config, store, topology, directory, event),
         logging=Every(train.log_every_steps, config.evaluate.every_steps, besides=(1, steps)),
         saving=saving,
         checkpoints=checkpoints,
         participants={**engine.participants(), "loader": loader, "progress": progress, "judge": judge},
         meter=_meter(config, rows, topology, pulse, loader),
+        profile=_profile(config, directory, topology),
         display=display,
         tracker=_tracker(config, directory, fence, display, rank=topology.rank),
     )
@@ -159,6 +164,22 @@ def _peak_flops(config: RunConfig, topology: Topology) -> float | None:
     """Of one device at the run's precision, where its machine is known."""
     machine = known_machine(config, topology.device)
     return None if machine is None else machine.peak_flops.get(on_this_machine(config.precision).value)
+
+
+def _validation(
+    config: RunConfig, store: Store, topology: Topology, directory: RunDirectory, event: Callable[..., None]
+) -> Validation:
+    samples = Samples(config, store=store, directory=directory, event=event)
+    return Validation(config, store=store, topology=topology, total_steps=total_steps(config), samples=samples)
+
+
+def _profile(config: RunConfig, directory: RunDirectory, topology: Topology) -> Profile:
+    """Of the steps that are asked for, on the ranks that are asked for."""
+    start, stop = config.train.profile_start_step, config.train.profile_stop_step
+    if start is None or topology.rank not in config.train.profile_ranks:
+        return Profile()
+    last = start if stop is None else stop
+    return StepProfile(directory.profile, start=start, stop=last, rank=topology.rank, device=topology.device)
 
 
 def _loader(config: RunConfig, store: Store, topology: Topology) -> Loader:
@@ -236,5 +257,7 @@ def _tracker(config: RunConfig, directory: RunDirectory, fence: Fence, display: 
     sinks: list[Sink] = [Shown(display)]
     if config.tracking.wandb.mode is not WandbMode.disabled:
         sinks.append(WeightsAndBiases.of(config, directory.path))
+    if config.tracking.tensorboard:
+        sinks.append(TensorBoard(directory.tensorboard))
     metrics = JsonLines(directory.metrics.path, check=partial(fence.check, "write down a step"))
     return Tracker(metrics=metrics, events=directory.events.path, sinks=sinks)

@@ -29,7 +29,8 @@ Changes = Mapping[str, tuple[Any, Any]]
 
 CODE, VERSIONS = "code", "versions"
 _FREE = (
-    "run.name", "run.dir", "parallel.", "train.micro_batch_size", "train.log_every_steps", "checkpoint.", "evaluate.",
+    "run.name", "run.dir", "parallel.", "train.micro_batch_size", "train.log_every_steps", "train.profile_",
+    "checkpoint.", "evaluate.",
     "tracking.", "slurm.", "data.sources", "data.store", "data.stages.", "data.tokenizer.", "data.validation.",
     "data.shard_tokens", "watchdog.", "anomaly.",
 )  # fmt: skip

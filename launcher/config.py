@@ -89,6 +89,12 @@ class TrainConfig:
     accelerator too; slower. What has no such form there ends the run with its name."""
     log_every_steps: int = 10
     """Steps between two lines of metrics."""
+    profile_start_step: int | None = None
+    """First step of a profile in `profile/` of the run (trace, dearest operations, memory); by default none."""
+    profile_stop_step: int | None = None
+    """Last step of the profile; by default the first one."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that are profiled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +105,10 @@ class EvaluateConfig:
     """Steps between two evaluations; by default only `bloomery evaluate` looks at the validation documents."""
     batches: int = 8
     """Global batches of validation samples in one evaluation."""
+    prompts: list[str] = field(default_factory=list)
+    """Texts that the model continues at each evaluation, greedily, into `samples.jsonl` of the run."""
+    sample_tokens: int = 32
+    """Tokens of each continuation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +124,8 @@ class TrackingConfig:
     """Where metrics go besides `metrics.jsonl`, and what they are held against."""
 
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
+    """Write event files to `tensorboard/` of the run too (needs the extra `tensorboard`)."""
     hardware: str | None = None
     """The machine whose peak MFU is a share of: a name under configs/hardware or a file such as theirs; by default the
     accelerator's own, by its name."""

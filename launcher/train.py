@@ -18,6 +18,7 @@ from launcher.anomaly.judge import RollBack
 from launcher.anomaly.rollback import roll_back
 from launcher.assemble import Parts, assemble
 from launcher.config import RunConfig
+from launcher.debugging import debugged
 from launcher.doctor.job import preflight
 from launcher.meter import finite
 from launcher.outcome import Outcome
@@ -53,7 +54,7 @@ def train(parts: Parts, records: Records) -> None:
 def take_steps(parts: Parts, records: Records) -> None:
     """The loop."""
     parts.meter.begin(parts.progress)
-    for step in parts.progress.remaining():
+    for step in parts.profile.watched(parts.progress.remaining()):
         batch = parts.meter.timed("data", parts.batches.next)
         result = parts.engine.step(batch)
         stop = parts.preempt.agreed()
@@ -91,7 +92,7 @@ def work(job: TrainJob) -> int:
     directory = RunDirectory(job.directory)
     lock = Lock(directory.lock)
     preempt = Preempt()
-    watching = watched(job.config.watchdog, directory.path, job.ranks)
+    watching = watched(job.watchdog, directory.path, job.ranks)
     with preempt.listening(), closing(lock), watching as pulse:
         return in_ranks(
             lambda ranks: _attempt(job, directory, lock, ranks, preempt, pulse),
@@ -130,7 +131,8 @@ def _attempt(
     )
     _introduce(job.config, parts, origin)
     shown = parts.display.shown(step=parts.progress.step, total_steps=parts.progress.total_steps)
-    with closing(parts.checkpoints), parts.tracker.told(), shown:
+    debugging = debugged(ranks.rank, wanted=job.debug_rank)
+    with closing(parts.checkpoints), parts.tracker.told(), shown, debugging:
         train(parts, records)
     outcome = _ended(job, parts, ranks.attempt)
     records.event("finished" if outcome.exit_code == 0 else "stopped", step=parts.progress.step)

@@ -37,8 +37,9 @@ _POSITIVE = (
     "model.moe.top_groups", "model.moe.group_experts", "model.moe.top_k", "model.moe.ffn_hidden_size",
     "model.moe.shared_ffn_hidden_size",
     "train.steps", "train.global_batch_size", "train.micro_batch_size", "train.sequence_length",
-    "train.log_every_steps", "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context",
-    "parallel.expert", "parallel.recompute.blocks", "optimizer.learning_rate", "optimizer.eps",
+    "train.log_every_steps", "train.profile_start_step", "train.profile_stop_step", "evaluate.sample_tokens",
+    "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context", "parallel.expert",
+    "parallel.recompute.blocks", "optimizer.learning_rate", "optimizer.eps",
     "optimizer.schedule.decay_steps", "optimizer.muon.iterations", "optimizer.adafactor.min_scale",
     "optimizer.adafactor.clip", "checkpoint.every_steps", "checkpoint.every_seconds", "checkpoint.keep",
     "checkpoint.keep_every_steps", "evaluate.every_steps", "evaluate.batches",
@@ -73,7 +74,7 @@ def check_training(config: RunConfig, *, ranks: int, store: Store | None = None)
             _model(config),
             _mup(config),
             layout_problems(config, ranks),
-            watching_problems(config),
+            watching_problems(config, ranks),
         )
         problems = [problem for rule in rules for problem in rule]
         if store is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from data_pipeline.loader import single_pass
 from data_pipeline.store import VALIDATION, Store
 from launcher.config import RunConfig
+from launcher.evaluation.samples import Samples
 from launcher.meter import means
 from launcher.metrics import nested
 from launcher.objective import plan_of
@@ -35,10 +36,13 @@ def validation_batches(config: RunConfig, *, store: Store, topology: Topology) -
 class Validation:
     """Looks at a fixed sample of the validation documents when it is due."""
 
-    def __init__(self, config: RunConfig, *, store: Store, topology: Topology, total_steps: int) -> None:
+    def __init__(
+        self, config: RunConfig, *, store: Store, topology: Topology, total_steps: int, samples: Samples
+    ) -> None:
         """Reads nothing unless `evaluate.every_steps` asks for it."""
         every = config.evaluate.every_steps
         self.schedule = Every(every, besides=() if every is None else (total_steps,))
+        self._samples = samples
         self._batches: Sequence[dict[str, Tensor]] = ()
         self._latest: tuple[int, dict[str, Any]] = (0, {})
         if every is not None:
@@ -50,8 +54,8 @@ class Validation:
         return self.schedule.due(step)
 
     def loss(self, engine: Engine, step: int) -> dict[str, Any]:
-        """`{"validation_loss": mean nats a token}` after this step, and what the objective reports; all ranks call
-        this together."""
+        """`{"validation_loss": mean nats a token}` after this step, and what the objective reports; the prompts are
+        continued too. All ranks call this together."""
         total = weight = 0.0
         reported: dict[str, Tensor] = {}
         for batch in self._batches:
@@ -61,6 +65,7 @@ class Validation:
             for name, pair in result.reported.items():
                 reported[name] = reported[name] + pair if name in reported else pair
         found = {f"validation_{name}": value for name, value in means(reported).items()}
+        self._samples.take(engine, step)
         self._latest = step, {"validation_loss": total / weight, **nested(found)}
         return self.at(step)
 

@@ -17,8 +17,8 @@ _PHASES = {
     "time_save_seconds": "saving",
 }
 _SAVED = "saved"
-_QUIET = frozenset(("started", "finished"))
-"""Events that the ends of a curve show already."""
+_QUIET = frozenset(("started", "finished", "samples"))
+"""Events that the ends of a curve show already, or that stand elsewhere on the page."""
 Records = Sequence[dict[str, Any]]
 
 

@@ -5,7 +5,7 @@ The quick half: it imports no torch. `launcher.train` has the loop.
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_pipeline.following import open_store
@@ -18,6 +18,7 @@ from launcher.run_directory import Lock, RunDirectory
 from launcher.slurm.shrink import in_fewer_ranks
 from launcher.start import available_ranks, start_ranks
 from launcher.validate import check_training
+from launcher.watchdog.config import WatchdogConfig
 from launcher.work import Ranks, Work, from_environment, is_first_rank
 from parallel.common.errors import UserError
 
@@ -39,10 +40,18 @@ class TrainJob:
     config: RunConfig
     directory: Path
     ranks: Ranks
+    debug_rank: int | None = None
+    """The rank that waits for a debugger."""
+
+    @property
+    def watchdog(self) -> WatchdogConfig:
+        """As configured; nobody is watched while a person thinks at a prompt."""
+        configured = self.config.watchdog
+        return configured if self.debug_rank is None else replace(configured, limit_seconds=None)
 
 
 def main(arguments: Sequence[str]) -> int | Work:
-    """Parses `CONFIG... [key=value ...] [--ranks N] [--print-config]`."""
+    """Parses `CONFIG... [key=value ...] [--ranks N] [--debug-rank R] [--print-config]`."""
     parser = argparse.ArgumentParser(
         prog="bloomery train",
         description="Trains a model, or goes on where the run stopped.",
@@ -53,6 +62,9 @@ def main(arguments: Sequence[str]) -> int | Work:
     parser.add_argument(
         "--ranks", type=positive, help="start this many local ranks (default: the accelerators, else 1)"
     )
+    parser.add_argument(
+        "--debug-rank", type=int, metavar="R", help="rank R waits for a debugger before its first step, and at an error"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
     options = parser.parse_intermixed_args(list(arguments))
     files, overrides = split(options.config)
@@ -62,6 +74,9 @@ def main(arguments: Sequence[str]) -> int | Work:
         return 0
     ranks = from_environment()
     wanted = ranks_to_start(ranks, options.ranks)
+    debug = options.debug_rank
+    if debug is not None and not 0 <= debug < wanted:
+        raise UserError(f"--debug-rank is {debug}: expected one of the {wanted} ranks of this call, 0 to {wanted - 1}.")
     config, directory = prepared(config, ranks=wanted)
     path = directory.path
     if directory.finished(config):
@@ -70,8 +85,9 @@ def main(arguments: Sequence[str]) -> int | Work:
         return 0
     path.mkdir(parents=True, exist_ok=True)
     if wanted > ranks.world_size:
-        return start_ranks(["train", *options.config], ranks=wanted)
-    job = TrainJob(config=config, directory=path, ranks=ranks)
+        debugging = [] if debug is None else ["--debug-rank", str(debug)]
+        return start_ranks(["train", *options.config, *debugging], ranks=wanted)
+    job = TrainJob(config=config, directory=path, ranks=ranks, debug_rank=debug)
     return Work(module="launcher.train", job=job, rank=ranks.rank, logs=directory.logs)
 
 
