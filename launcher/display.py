@@ -10,8 +10,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
-from parallel.common.units import format_count, format_duration
+from parallel.common.units import format_bytes, format_count, format_duration
+
+_TEXT_COLUMNS = 76
+"""What the numbers beside the bar may take; a narrow terminal has a short bar."""
 
 
 class Display:
@@ -46,17 +50,16 @@ class BarDisplay(Display):
 
     def __init__(self, console: Console) -> None:
         columns = (
-            TextColumn("training"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=max(8, min(24, console.width - _TEXT_COLUMNS))),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
         )
         self._bar = Progress(*columns, console=console)
         self._task = TaskID(0)
 
     @contextmanager
     def shown(self, *, step: int, total_steps: int) -> Iterator[None]:
-        self._task = self._bar.add_task("training", total=total_steps, completed=step, said="")
+        self._task = self._bar.add_task("training", total=total_steps, completed=step, said="the first step")
         with self._bar:
             yield
 
@@ -82,5 +85,6 @@ def _said(record: Mapping[str, Any], remaining_tokens: int) -> str:
     parts.append(f"{format_count(rate)} tokens/s")
     if record["mfu_causal"] is not None:
         parts.append(f"MFU {record['mfu_causal']:.1%}")
+    parts.append(format_bytes(record["memory_bytes"]))
     parts.append(f"{format_duration(remaining_tokens / rate)} left")
     return "  ".join(parts)

@@ -18,8 +18,8 @@ import json
 import logging
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -82,6 +82,7 @@ class WeightsAndBiases:
 
     def _connect(self, config: WandbConfig, name: str, shown: Mapping[str, Any]) -> None:
         mode = config.mode
+        wandb.setup(wandb.Settings(silent=True, x_graphql_timeout_seconds=5, x_graphql_retry_max=2))
         start = partial(_started, config.project, run=self._directory.path, name=name, shown=shown)
         try:
             if mode is WandbMode.online and wandb.Api(timeout=_KEY_SECONDS).api_key is None:
@@ -94,8 +95,7 @@ class WeightsAndBiases:
                 "Weights & Biases is out of reach (%s): this attempt is kept offline, `wandb sync` sends it later",
                 _first_line(error),
             )
-            with suppress(SystemExit):
-                wandb.teardown()  # what still tries to reach the server holds the run's id
+            let_go()
             mode = WandbMode.offline
             self._run = start(mode)
         if mode is WandbMode.online:
@@ -219,6 +219,13 @@ class _Handed:
                 self.step, self.events = each.step, each.events
                 self.kept = self.kept[:number]
                 break
+
+
+def let_go() -> None:
+    """Ends the library's process beside ours: as long as it tries to reach a server, it holds the run's id."""
+    ending = threading.Thread(target=wandb.teardown, daemon=True)
+    ending.start()
+    ending.join(_KEY_SECONDS)  # it has no limit of its own
 
 
 def _started(project: str, mode: WandbMode, *, run: Path, name: str, shown: Mapping[str, Any]) -> Any:

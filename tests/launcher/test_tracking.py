@@ -77,7 +77,7 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 def _a_process_of_its_own() -> Iterator[None]:
     """The library keeps one process beside ours, whose attempts to reach a server would outlive a test."""
     yield
-    wandb.teardown()
+    weights_and_biases.let_go()
 
 
 def connected(tmp_path: Path, mode: WandbMode) -> WeightsAndBiases:
