@@ -9,8 +9,11 @@ from collections.abc import Iterator
 
 from launcher.config import RunConfig
 from parallel.common.errors import Problem
+from parallel.common.lazy import Lazy
 from parallel.config import OptimizerConfig
 from parallel.rules import RULES
+
+BITSANDBYTES = Lazy("bitsandbytes")
 
 
 def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
@@ -32,9 +35,14 @@ def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
             yield Problem(key=f"{key}.weight_decay", got=group.weight_decay, legal="0 or more, or null")
     for pattern in own.frozen:
         yield from _pattern("optimizer.frozen", pattern)
+    for pattern in own.adamw_8bit.leave_to_adamw:
+        yield from _pattern("optimizer.adamw_8bit.leave_to_adamw", pattern)
+    if own.name == "adamw_8bit" and not BITSANDBYTES.is_installed:
+        legal = "adamw, or this with bitsandbytes installed (the extra bnb: pip install 'bloomery[bnb]')"
+        yield Problem(key="optimizer.name", got=own.name, legal=legal)
     for pattern in own.muon.leave_to_adamw:
         yield from _pattern("optimizer.muon.leave_to_adamw", pattern)
-    if own.options and own.name in ("adamw", "muon", "adafactor"):
+    if own.options and own.name in ("adamw", "adamw_8bit", "muon", "adafactor"):
         legal = f"empty with optimizer.name={own.name}: options are for the optimizer of a plugin"
         yield Problem(key="optimizer.options", got=dict(own.options), legal=legal)
 

@@ -14,7 +14,7 @@ from model.mup import learning_rate_factor, width
 from model.size import has_experts, head_size
 from parallel.config import OptimizerConfig
 from parallel.memory import Size
-from parallel.rules import RULES, is_frozen, setting
+from parallel.rules import is_frozen, setting, state_words
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,6 @@ class Shape:
     def size(self, tensor: int, optimizer: OptimizerConfig) -> Size:
         """What memory depends on, on one of some tensor ranks."""
         elements, is_matrix = math.prod(self.whole), len(self.whole) > 1
-        states = RULES[optimizer.name].states(self.name, self.whole, optimizer)
         own = setting(self.name, is_matrix=is_matrix, config=optimizer, factor=self.learning_rate_factor)
         return Size(
             elements=elements // tensor if self.is_cut else elements,
@@ -39,7 +38,7 @@ class Shape:
             is_expert=self.is_expert,
             is_frozen=is_frozen(self.name, optimizer),
             whole_elements=elements,
-            state_elements=sum(map(math.prod, states.values())),
+            state_elements=state_words(self.name, self.whole, optimizer),
         )
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from parallel.config import OptimizerConfig
+from parallel.eight_bit import AdamW8bit
 from parallel.muon import Muon
-from parallel.rules import RULES, Rule, Setting, States, is_orthogonalised
+from parallel.rules import RULES, Rule, Setting, States, is_eight_bit, is_orthogonalised
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +49,12 @@ def _adamw(parameters: Sequence[Stepped], config: OptimizerConfig) -> list[torch
     return [torch.optim.AdamW(groups(parameters), lr=rate, betas=betas, eps=config.eps, fused=True)]
 
 
+def _adamw_8bit(parameters: Sequence[Stepped], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    large = [each for each in parameters if is_eight_bit(each.name, tuple(each.master.shape), config)]
+    others = [each for each in parameters if not is_eight_bit(each.name, tuple(each.master.shape), config)]
+    return [*([AdamW8bit(groups(large), config=config)] if large else []), *_adamw(others, config)]
+
+
 def _muon(parameters: Sequence[Stepped], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     matrices = [each for each in parameters if is_orthogonalised(each.name, tuple(each.master.shape), config)]
     others = [each for each in parameters if not is_orthogonalised(each.name, tuple(each.master.shape), config)]
@@ -68,7 +75,7 @@ def _adafactor(parameters: Sequence[Stepped], config: OptimizerConfig) -> list[t
     ]
 
 
-BUILDERS: dict[str, Builder] = {"muon": _muon, "adafactor": _adafactor}
+BUILDERS: dict[str, Builder] = {"adamw_8bit": _adamw_8bit, "muon": _muon, "adafactor": _adafactor}
 """By the word in `optimizer.name`; what is elementwise is not here (`parallel.optimizer`)."""
 
 

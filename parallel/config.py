@@ -123,6 +123,15 @@ class AdafactorConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EightBitConfig:
+    """AdamW whose moments are bytes (Dettmers et al., 2021, arXiv:2110.02861), by bitsandbytes."""
+
+    leave_to_adamw: list[str] = field(default_factory=lambda: ["embedding"])
+    """Regular expressions of names of matrices whose moments stay float32, as those of vectors and of matrices of fewer
+    than 4096 elements do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GroupConfig:
     """What some parameters get instead of the rest."""
 
@@ -139,7 +148,7 @@ class OptimizerConfig:
     """AdamW with decoupled weight decay (Loshchilov and Hutter, 2019), none on norms and biases, or another `name`."""
 
     name: str = "adamw"
-    """adamw, muon, adafactor, or one that a plugin registers."""
+    """adamw, adamw_8bit, muon, adafactor, or one that a plugin registers."""
     learning_rate: float = 3e-4
     """Peak learning rate, reached at the end of the warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -152,6 +161,7 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 does not clip."""
     muon: MuonConfig = field(default_factory=MuonConfig)
     adafactor: AdafactorConfig = field(default_factory=AdafactorConfig)
+    adamw_8bit: EightBitConfig = field(default_factory=EightBitConfig)
     groups: list[GroupConfig] = field(default_factory=list)
     """Learning rate and decay of some parameters; the first pattern that fits a name counts."""
     frozen: list[str] = field(default_factory=list)

@@ -36,7 +36,7 @@ class Size:
     whole_elements: int = 0
     """Before tensor ranks cut it."""
     state_elements: int = 0
-    """Elements of what the optimizer keeps of the whole of it beside the master."""
+    """Words of 4 bytes that the optimizer keeps of the whole of it beside the master."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ parameter is stepped whole, by one rank (`parallel.whole`). Memory's arithmetic,
 from the one table here. Imports without torch.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ States = Callable[[str, Shape, OptimizerConfig], Mapping[str, Shape]]
 """(name, whole shape, configuration) of a parameter -> the tensors that are kept of it between steps, with shapes."""
 
 FIRST_MOMENT, SECOND_MOMENT = "exp_avg", "exp_avg_sq"
+CODE, SCALE = "_code", "_scale"
+"""Ends of the names of a state that is kept as bytes, and of what its blocks are multiplied by."""
+_BLOCK, _FEWEST = 256, 4096
+"""Elements that share a scale, and elements of a matrix below which nothing is gained."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +49,18 @@ def adamw_states(_name: str, shape: Shape, _config: OptimizerConfig) -> dict[str
     return {FIRST_MOMENT: shape, SECOND_MOMENT: shape}
 
 
+def eight_bit_shapes(shape: Shape) -> dict[str, Shape]:
+    """Two moments of the parameter's shape, a byte each, and their scales."""
+    blocks = (math.ceil(math.prod(shape) / _BLOCK),)
+    moments = (FIRST_MOMENT, SECOND_MOMENT)
+    return {**{f"{name}{CODE}": shape for name in moments}, **{f"{name}{SCALE}": blocks for name in moments}}
+
+
+def eight_bit_states(name: str, shape: Shape, config: OptimizerConfig) -> dict[str, Shape]:
+    """Bytes for large matrices, AdamW's moments elsewhere."""
+    return eight_bit_shapes(shape) if is_eight_bit(name, shape, config) else adamw_states(name, shape, config)
+
+
 def muon_states(name: str, shape: Shape, config: OptimizerConfig) -> dict[str, Shape]:
     """A momentum where Muon steps, AdamW's moments elsewhere."""
     return {"momentum_buffer": shape} if is_orthogonalised(name, shape, config) else adamw_states(name, shape, config)
@@ -58,6 +75,7 @@ def adafactor_states(_name: str, shape: Shape, _config: OptimizerConfig) -> dict
 
 RULES: dict[str, Rule] = {
     "adamw": Rule(title="AdamW", states=adamw_states, elementwise=True),
+    "adamw_8bit": Rule(title="8-bit AdamW", states=eight_bit_states),
     "muon": Rule(title="Muon", states=muon_states),
     "adafactor": Rule(title="Adafactor", states=adafactor_states),
 }
@@ -67,6 +85,18 @@ RULES: dict[str, Rule] = {
 def is_orthogonalised(name: str, shape: Shape, config: OptimizerConfig) -> bool:
     """Whether Muon steps this parameter: a matrix that no pattern of `optimizer.muon.leave_to_adamw` names."""
     return len(shape) == 2 and not any(re.search(pattern, name) for pattern in config.muon.leave_to_adamw)
+
+
+def is_eight_bit(name: str, shape: Shape, config: OptimizerConfig) -> bool:
+    """Whether 8-bit AdamW keeps bytes of this parameter."""
+    left = any(re.search(pattern, name) for pattern in config.adamw_8bit.leave_to_adamw)
+    return len(shape) == 2 and math.prod(shape) >= _FEWEST and not left
+
+
+def state_words(name: str, shape: Shape, config: OptimizerConfig) -> int:
+    """What is kept of a parameter between steps, in words of 4 bytes."""
+    states = RULES[config.name].states(name, shape, config)
+    return math.ceil(sum(math.prod(own) * (1 if kind.endswith(CODE) else 4) for kind, own in states.items()) / 4)
 
 
 def setting(name: str, *, is_matrix: bool, config: OptimizerConfig, factor: float = 1.0) -> Setting:

@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from parallel.config import OptimizerConfig, ParallelConfig
 from parallel.memory import Size
 from parallel.parameters import LocalParameter, local_parameters, setting_of
-from parallel.rules import RULES, is_frozen
+from parallel.rules import is_frozen, state_words
 from parallel.topology import Topology
 
 _META = torch.device("meta")
@@ -41,14 +41,13 @@ def sizes(parameters: Sequence[LocalParameter], optimizer: OptimizerConfig) -> l
 
 
 def _size(local: LocalParameter, optimizer: OptimizerConfig) -> Size:
-    states = RULES[optimizer.name].states(local.name, local.whole_shape, optimizer)
     return Size(
         elements=local.shape.numel(),
         group=f"{local.is_matrix} {setting_of(local, optimizer)}",
         is_expert=local.expert,
         is_frozen=is_frozen(local.name, optimizer),
         whole_elements=math.prod(local.whole_shape),
-        state_elements=sum(map(math.prod, states.values())),
+        state_elements=state_words(local.name, local.whole_shape, optimizer),
     )
 
 

@@ -89,6 +89,12 @@ def _stepped_by(optimizer: str) -> Callable[[str], Case]:
 _muon, _adafactor = _stepped_by("muon"), _stepped_by("adafactor")
 
 
+def _eight_bit(name: str) -> Case:
+    """With matrices that are large enough for bytes."""
+    case = _stepped_by("adamw_8bit")(name)
+    return replace(case, config=replace(case.config, model=replace(case.config.model, hidden_size=64)))
+
+
 def _of_twelve(case: Case) -> Case:
     """A global batch that one, two, three and four ranks divide."""
     return replace(case, config=replace(case.config, train=replace(case.config.train, global_batch_size=12)))
@@ -164,6 +170,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path,
             ("moe", _experts, EXPERTS),
             ("muon", _muon, WHOLE),
             ("adafactor", _adafactor, WHOLE),
+            ("adamw-8bit", _eight_bit, dict(list(WHOLE.items())[-2:])),
         )
         for name in layouts
     ],

@@ -123,4 +123,7 @@ def test_a_word_that_nobody_registered_is_refused(tmp_path: Path, store: Path, p
     config = configuration(tmp_path, store, **OWN)
     codes, said = run("train", config)
     assert codes == [2]
-    assert "optimizer.name is 'lion': expected one of adamw, muon, adafactor, or one that a plugin registers" in said
+    assert (
+        "optimizer.name is 'lion': expected one of adamw, adamw_8bit, muon, adafactor, or one that a plugin registers"
+        in said
+    )

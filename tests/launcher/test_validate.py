@@ -60,7 +60,12 @@ def test_sound_configurations_pass(overrides: tuple[str, ...], ranks: int) -> No
     [
         (("model.hidden_size=60",), 1, "model.hidden_size", "a multiple of model.heads = 8, such as 56"),
         (("optimizer.name=moun",), 1, "optimizer.name", "muon, if that was meant"),
-        (("optimizer.name=shampoo",), 1, "optimizer.name", "adamw, muon, adafactor, or one that a plugin registers"),
+        (
+            ("optimizer.name=shampoo",),
+            1,
+            "optimizer.name",
+            "adamw, adamw_8bit, muon, adafactor, or one that a plugin registers",
+        ),
         (("optimizer.frozen=['layers.(']",), 1, "optimizer.frozen", "a regular expression: missing )"),
         (("optimizer.options={rho: 1}",), 1, "optimizer.options", "empty with optimizer.name=adamw"),
         (("optimizer.muon.momentum=1",), 1, "optimizer.muon.momentum", "from 0 to below 1"),

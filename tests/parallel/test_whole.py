@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from launcher.verify.world import run_world
 from model.config import MoeConfig
 from parallel.common.errors import ConfigError
 from parallel.config import GroupConfig, MuonConfig, MuonScale, OptimizerConfig
+from parallel.eight_bit import AdamW8bit
 from parallel.muon import Muon
 from parallel.rules import check_patterns
 from tests.distributed.layouts import tiny
@@ -50,6 +52,28 @@ def test_muon_is_torchs(shape: tuple[int, int], nesterov: bool, scale: MuonScale
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("shape", [(300, 65), (64, 64)])
+def test_8_bit_adamw_is_bitsandbytes_and_near_torchs(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    first = torch.randn(shape, generator=generator)
+    ours, theirs, exact = (torch.nn.Parameter(first.clone()) for _ in range(3))
+    config = OptimizerConfig(name="adamw_8bit", learning_rate=1e-2)
+    numbers: dict[str, Any] = {"lr": 1e-2, "betas": config.betas, "eps": config.eps, "weight_decay": 0.1}
+    optimizers = [
+        AdamW8bit([{"params": [ours], "lr": 1e-2, "weight_decay": 0.1}], config=config),
+        bitsandbytes.optim.AdamW8bit([theirs], **numbers),
+        torch.optim.AdamW([exact], **numbers),
+    ]
+    for _ in range(30):
+        gradient = 0.1 * torch.randn(shape, generator=generator) + 0.05
+        for parameter, optimizer in zip((ours, theirs, exact), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        assert torch.equal(ours, theirs)
+    way = (exact - first).norm()
+    assert 0 < (ours - exact).norm() < 0.02 * way
+
+
 def test_an_update_of_muon_is_orthogonal() -> None:
     matrix = torch.nn.Parameter(torch.zeros(24, 40))
     matrix.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(2))
@@ -68,17 +92,25 @@ PROOFS: dict[str, tuple[int, torch.dtype, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["muon", "adafactor"])
-@pytest.mark.parametrize("proof", list(PROOFS))
+@pytest.mark.parametrize(
+    ("name", "proof"),
+    [
+        *((name, proof) for name in ("muon", "adafactor") for proof in PROOFS),
+        *(("adamw_8bit", proof) for proof in ("tp2-dp2-fp64", "tp2-bf16")),
+    ],
+)
 def test_a_layout_equals_one_rank(proof: str, name: str) -> None:
     """Loss, every gradient, the norm, and after three updates every weight and every state, parameter by parameter."""
     ranks, dtype, options = PROOFS[proof]
     case = stepped_by(name, tiny(ranks, dtype=dtype, tied="pipeline" in options, **options))
     case = replace(case, config=replace(case.config, train=replace(case.config.train, global_batch_size=4 * ranks)))
+    if name == "adamw_8bit":
+        case = with_model(case, hidden_size=64, layers=2)  # matrices of 4096 elements and more
     found = compared(case, seconds=180)
     assert found.passed, found.crash or [check for check in found.checks if not check.passed]
     checked = {check.what for check in found.checks}
     wanted = {"muon": {"momentum_buffer", "first moments"}, "adafactor": {"row_var", "col_var", "variance"}}
+    wanted["adamw_8bit"] = {"exp_avg_code", "exp_avg_sq_scale", "first moments"}
     assert wanted[name] <= checked
 
 
@@ -95,11 +127,14 @@ def test_experts_are_stepped_whole_too() -> None:
         (3, "adafactor", torch.bfloat16, False, {}),
         (2, "muon", torch.float32, False, {"zero_stage": 0, "tensor": 2}),
         (4, "muon", torch.bfloat16, True, {"tensor": 2, "expert": 2}),
+        (2, "adamw_8bit", torch.bfloat16, False, {"tensor": 2}),
     ],
 )
 def test_computed_bytes_are_held(ranks: int, name: str, dtype: torch.dtype, moe: bool, layout: dict[str, Any]) -> None:
     case = with_model(tiny(ranks, **layout), moe=MOE) if moe else tiny(ranks, **layout)
     case = replace(case, config=replace(case.config, train=replace(case.config.train, global_batch_size=12)))
+    if name == "adamw_8bit":
+        case = with_model(case, hidden_size=64)
     for (rank,) in bytes_held(stepped_by(name, case, frozen=["layers.0.*weight"]), dtype):
         assert rank.computed == rank.measured
 
