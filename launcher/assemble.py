@@ -153,6 +153,7 @@ def _meter(config: RunConfig, rows: int, topology: Topology, pulse: Pulse, loade
         model=config.model,
         vocabulary_size=rows,
         sequence_length=config.train.sequence_length,
+        decoder_length=travelling_length(config) - config.train.sequence_length,
         topology=topology,
         peak_flops=_peak_flops(config, topology),
         pulse=pulse,

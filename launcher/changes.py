@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import config as configuration
+from launcher import plugins
 from launcher.config import RunConfig
 from launcher.run_directory import RunDirectory
 from parallel.common.errors import ConfigError, Problem
@@ -45,10 +46,16 @@ _SOURCES = ("data_pipeline/**/*.py", "model/**/*.py", "parallel/**/*.py", "launc
 
 
 @cache
-def code_files() -> dict[str, str]:
-    """{file: xxh3-128} of the code that decides the numbers of a run, as it is when first asked."""
+def _own_files() -> dict[str, str]:
     files = sorted(path for pattern in _SOURCES for path in _ROOT.glob(pattern))
     return {path.relative_to(_ROOT).as_posix(): hash_file(path) for path in files}
+
+
+@cache
+def code_files(plugged: tuple[str, ...] = ()) -> dict[str, str]:
+    """{file: xxh3-128} of the code that decides the numbers of a run, plugins' included, as it is when first asked."""
+    own = plugins.files(plugged)
+    return _own_files() | {f"plugins/{name}": hash_file(path) for name, path in sorted(own.items())}
 
 
 def code_hash(files: Mapping[str, str]) -> str:
@@ -70,8 +77,9 @@ def since_last_attempt(directory: RunDirectory, config: RunConfig) -> dict[str, 
         packages = (name for name in _PACKAGES if before.get(name) != now[name])
         found |= {f"{VERSIONS}.{name}": (before.get(name), now[name]) for name in packages}
     recorded = directory.recorded_code()
-    if recorded and recorded != code_files():
-        found[CODE] = (code_hash(recorded), code_hash(code_files()))
+    now = code_files(tuple(config.plugins))
+    if recorded and recorded != now:
+        found[CODE] = (code_hash(recorded), code_hash(now))
     return found
 
 
@@ -87,23 +95,24 @@ def check(directory: RunDirectory, config: RunConfig) -> None:
     if directory.has_checkpoint():
         finished = directory.finished(config)
         changes = directory.differences(config) if finished else since_last_attempt(directory, config)
-        problems += [_refusal(directory, name, *values) for name, values in changes.items() if not _borne(name, config)]
+        refused = {name: values for name, values in changes.items() if not _borne(name, config)}
+        problems += [_refusal(directory, name, *values, config=config) for name, values in refused.items()]
     if problems:
         raise ConfigError(problems)
 
 
-def show(changes: Changes, directory: RunDirectory) -> None:
+def show(changes: Changes, directory: RunDirectory, config: RunConfig) -> None:
     """Says what changed, one line each."""
     for name, (before, now) in changes.items():
         if name == CODE:
-            logger.info("changed since the last attempt: the code, in %s", ", ".join(changed_files(directory)))
+            logger.info("changed since the last attempt: the code, in %s", ", ".join(changed_files(directory, config)))
         else:
             logger.info("changed since the last attempt: %s from %r to %r", name, before, now)
 
 
-def changed_files(directory: RunDirectory) -> list[str]:
+def changed_files(directory: RunDirectory, config: RunConfig) -> list[str]:
     """Source files that the last attempt had otherwise, or did not have, or that are gone."""
-    before, now = directory.recorded_code(), code_files()
+    before, now = directory.recorded_code(), code_files(tuple(config.plugins))
     return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
 
 
@@ -117,10 +126,10 @@ def _within(name: str, allowed: tuple[str, ...] | list[str]) -> bool:
     return any(name == word or name.startswith(f"{word}.") for word in allowed)
 
 
-def _refusal(directory: RunDirectory, name: str, before: Any, now: Any) -> Problem:
+def _refusal(directory: RunDirectory, name: str, before: Any, now: Any, *, config: RunConfig) -> Problem:
     because, allowed = "", f"checkpoint.allow_changes=[{name}]"
     if name == CODE:
-        files = changed_files(directory)
+        files = changed_files(directory, config)
         more = f" and {len(files) - 4} more" if len(files) > 4 else ""
         now, before = f"changed in {', '.join(files[:4])}{more}", f"the code of {directory.path}"
         return Problem(key=name, got=now, legal=f"{before}, or {allowed}")

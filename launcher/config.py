@@ -149,7 +149,7 @@ class RunConfig:
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     plugins: list[str] = field(default_factory=list)
-    """Modules that register optimizers, objectives, samples and filters of one's own (docs/plugins.md)."""
+    """Modules that register families, optimizers, objectives, samples and filters of one's own (docs/plugins.md)."""
 
 
 _DID_YOU_MEAN = re.compile(r"Did you mean(?: one of)?: (.+?)\?")

@@ -41,6 +41,7 @@ class Meter:
         model: ModelConfig,
         vocabulary_size: int,
         sequence_length: int,
+        decoder_length: int = 0,
         topology: Topology,
         peak_flops: float | None,
         pulse: Callable[[str], None],
@@ -48,7 +49,7 @@ class Meter:
     ) -> None:
         """`peak_flops` is one device's, None where nobody knows it; `ledger` gives the tokens of each source so far."""
         flops = {
-            name: flops_per_token(model, vocabulary_size, sequence_length, causal=causal)
+            name: flops_per_token(model, vocabulary_size, sequence_length, causal=causal, decoder_length=decoder_length)
             for name, causal in (("mfu_causal", True), ("mfu_full", False))
         }
         ranks = topology.world_size

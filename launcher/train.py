@@ -118,7 +118,7 @@ def _attempt(
     origin = begin(parts, job.config)
     pulse.follow(parts.progress)
     changed = changes.since_last_attempt(directory, job.config)
-    changes.show(changed, directory)
+    changes.show(changed, directory, job.config)
     records.begin(
         job.config,
         layout=parts.topology.describe(),
@@ -127,7 +127,7 @@ def _attempt(
         changes=changed,
         versions=changes.versions(),
         hosts=parts.hosts,
-        code=changes.code_files(),
+        code=changes.code_files(tuple(job.config.plugins)),
     )
     _introduce(job.config, parts, origin)
     shown = parts.display.shown(step=parts.progress.step, total_steps=parts.progress.total_steps)

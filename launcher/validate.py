@@ -92,6 +92,7 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
     for key in _NOT_NEGATIVE:
         if not values[key] >= 0:
             yield Problem(key=key, got=values[key], legal="0 or more")
+    yield from families.unknown(config.model)
     yield from optimizer_problems(config)
     if config.parallel.zero_stage not in range(4):
         yield Problem(key="parallel.zero_stage", got=config.parallel.zero_stage, legal="0, 1, 2 or 3")
@@ -130,7 +131,7 @@ def _objective(config: RunConfig) -> Iterator[Problem]:
     wanted, legal = config.train.objective, families.objectives(config.model)
     if wanted is not None and wanted not in legal:
         named = " or ".join(legal)
-        said = f"{named}, by which this {config.model.family.value} is trained"
+        said = f"{named}, by which this {config.model.family} is trained"
         yield Problem(key="train.objective", got=wanted, legal=said)
     if config.data.fill_in_the_middle.rate and families.objective(config.model, wanted) != ObjectiveName.causal_lm:
         legal_rate = "0 without train.objective=causal_lm, which alone predicts what follows"

@@ -32,6 +32,8 @@ _CHUNKS: Mapping[Architecture, type[LanguageModel]] = {
     Architecture.encoder: MaskedLanguageModel,
     Architecture.encoder_decoder: EncoderDecoder,
 }
+OWN_CHUNKS: dict[str, type[LanguageModel]] = {}
+"""Of families of plugins, by their name (`model.register`)."""
 _ACTIVATIONS = {
     Activation.swiglu: silu,
     Activation.geglu: partial(gelu, approximate="tanh"),
@@ -135,7 +137,8 @@ def build(
     layer_config = transformer_config(config, dtype=dtype, topology=topology)
     chunks: list[torch.nn.Module] = []
     for index in range(topology.config.virtual_pipeline):
-        chunk = _CHUNKS[family(config).architecture](
+        kind = OWN_CHUNKS.get(config.family) or _CHUNKS[family(config).architecture]
+        chunk = kind(
             layer_config,
             config,
             vocabulary_size=vocabulary_size,

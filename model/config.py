@@ -7,7 +7,7 @@ from omegaconf import MISSING
 
 
 class FamilyName(StrEnum):
-    """Whose names the weights have in Hugging Face's format (model/hf/)."""
+    """The families that are here: whose names the weights have in Hugging Face's format (model/hf/)."""
 
     gpt2 = "gpt2"
     llama = "llama"
@@ -239,7 +239,9 @@ class MupConfig:
 class ModelConfig:
     """A Transformer; by default a Llama: RMSNorm, rotary positions, grouped queries, SwiGLU."""
 
-    family: FamilyName = FamilyName.llama
+    family: str = "llama"
+    """Whose layers, objectives and names in Hugging Face's format: gpt2, llama, mistral, mixtral, qwen2, qwen3,
+    qwen3_moe, gpt_neox, gemma2, gemma3_text, deepseek_v2, deepseek_v3, bert, t5, or one that a plugin registers."""
     layers: int = MISSING
     """Transformer blocks (attention and MLP together count as one)."""
     decoder_layers: int | None = None

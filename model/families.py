@@ -6,13 +6,14 @@ of; what differs between families is a value or a function in such a row. Import
 checked before torch is there.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import difflib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
 
 from model.config import Classified, FamilyName, ModelConfig, Norm, NormPlacement, ObjectiveName, Position
-from parallel.common.errors import Problem
+from parallel.common.errors import ConfigError, Problem
 
 
 class Architecture(StrEnum):
@@ -35,10 +36,10 @@ def causal_problems(model: ModelConfig) -> Iterator[Problem]:
     """What a causal model cannot have."""
     yield from _no_decoder(model)
     if model.next_sentence:
-        legal = f"false: a {model.family.value} sees no segment as a whole; only an encoder such as bert does"
+        legal = f"false: a {model.family} sees no segment as a whole; only an encoder such as bert does"
         yield Problem(key="model.next_sentence", got=True, legal=legal)
     if model.norm_placement is NormPlacement.after:
-        legal = f"before: a {model.family.value} norms what attention and MLP read; post_norms adds norms behind them"
+        legal = f"before: a {model.family} norms what attention and MLP read; post_norms adds norms behind them"
         yield Problem(key="model.norm_placement", got=model.norm_placement.value, legal=legal)
 
 
@@ -75,7 +76,7 @@ def encoder_decoder_problems(model: ModelConfig) -> Iterator[Problem]:
         yield Problem(key="model.kv_heads", got=model.kv_heads, legal=legal)
     for name in ("next_sentence", "linear_bias", "attention_bias", "qk_norm", "post_norms", "scale_embeddings"):
         if getattr(model, name):
-            yield Problem(key=f"model.{name}", got=True, legal=f"false: a {model.family.value} has none of it")
+            yield Problem(key=f"model.{name}", got=True, legal=f"false: a {model.family} has none of it")
     if model.norm is not Norm.rms or model.norm_placement is not NormPlacement.before:
         legal = "rms, with model.norm_placement=before"
         yield Problem(key="model.norm", got=model.norm.value, legal=legal)
@@ -83,7 +84,7 @@ def encoder_decoder_problems(model: ModelConfig) -> Iterator[Problem]:
 
 def _no_decoder(model: ModelConfig) -> Iterator[Problem]:
     if model.decoder_layers is not None:
-        legal = f"null: a {model.family.value} has one stack"
+        legal = f"null: a {model.family} has one stack"
         yield Problem(key="model.decoder_layers", got=model.decoder_layers, legal=legal)
     if model.position is Position.relative:
         legal = "rope or learned: relative positions belong to a model of two stacks, such as t5"
@@ -144,10 +145,10 @@ def _causal_objectives(model: ModelConfig) -> tuple[ObjectiveName, ...]:
     return ObjectiveName.causal_lm, ObjectiveName.prefix_lm, ObjectiveName.answers
 
 
-_CAUSAL = Family(
+CAUSAL = Family(
     architecture=Architecture.causal, objectives=_causal_objectives, problems=causal_problems, beside=_causal_head
 )
-_ENCODER = Family(
+ENCODER = Family(
     architecture=Architecture.encoder,
     objectives=_encoder_objectives,
     problems=lambda model: chain(_no_decoder(model), encoder_problems(model)),
@@ -155,7 +156,7 @@ _ENCODER = Family(
     beside=_encoder_heads,
 )
 
-_ENCODER_DECODER = Family(
+ENCODER_DECODER = Family(
     architecture=Architecture.encoder_decoder,
     objectives=lambda _: (ObjectiveName.span_corruption, ObjectiveName.seq2seq),
     problems=encoder_decoder_problems,
@@ -163,10 +164,10 @@ _ENCODER_DECODER = Family(
     beside=_decoder,
 )
 
-FAMILIES: Mapping[FamilyName, Family] = {
-    **dict.fromkeys(FamilyName, _CAUSAL),
-    FamilyName.bert: _ENCODER,
-    FamilyName.t5: _ENCODER_DECODER,
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(FamilyName, CAUSAL),
+    FamilyName.bert: ENCODER,
+    FamilyName.t5: ENCODER_DECODER,
 }
 
 SAMPLES: dict[str, str] = {
@@ -182,8 +183,24 @@ SAMPLES: dict[str, str] = {
 """The form of an objective's samples: a name in data_pipeline/forms.py."""
 
 
+def unknown(model: ModelConfig) -> Iterator[Problem]:
+    """A family that is nowhere."""
+    if model.family not in FAMILIES:
+        near = difflib.get_close_matches(model.family, FAMILIES, n=1)
+        legal = (
+            f"{near[0]}, if that was meant" if near else f"one of {', '.join(FAMILIES)}, or one that a plugin registers"
+        )
+        yield Problem(key="model.family", got=model.family, legal=legal)
+
+
 def family(model: ModelConfig) -> Family:
-    """The row of a model."""
+    """The row of a model.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if problems := list(unknown(model)):
+        raise ConfigError(problems)
     return FAMILIES[model.family]
 
 

@@ -77,16 +77,38 @@ def parameter_count(config: ModelConfig, vocabulary_size: int, sequence_length: 
     return _matrices(config, active=False) + config.layers * _biases_and_head_norms(config) + norms + embeddings
 
 
-def flops_per_token(config: ModelConfig, vocabulary_size: int, sequence_length: int, *, causal: bool) -> float:
+def flops_per_token(
+    config: ModelConfig, vocabulary_size: int, sequence_length: int, *, causal: bool, decoder_length: int = 0
+) -> float:
     """Training FLOPs of one token: 6 for each matrix parameter that it passes, the output layer included, the input
     embedding not; and attention over the sequence or a layer's window, halved where `causal` counts only the half that
     a causal mask leaves.
     """
+    if config.decoder_layers is not None:
+        return _flops_of_two_stacks(config, vocabulary_size, sequence_length, decoder_length, causal=causal)
     matrices = _matrices(config, active=True) + config.hidden_size * (config.classes.number or vocabulary_size)
     reached = sum(_reached(config, layer, sequence_length) for layer in range(config.layers))
     values = config.latent.value_head_size if config.latent.kv_rank is not None else head_size(config)
     attention = 6 * config.heads * (head_size(config) + values) * reached
     return 6 * matrices + attention * (0.5 if causal else 1.0)
+
+
+def _flops_of_two_stacks(
+    config: ModelConfig, vocabulary_size: int, sequence_length: int, decoder_length: int, *, causal: bool
+) -> float:
+    """Of one of the encoder's tokens, with its share of the decoder's, which is shorter: cross attention makes keys and
+    values of the encoder's tokens, queries and what follows of the decoder's."""
+    assert config.decoder_layers is not None
+    channels = config.heads * head_size(config)
+    half = 2 * config.hidden_size * channels  # queries and output, or keys and values, of an attention
+    mlp = _mlp_matrices(config, 0, active=True)
+    encoder = (
+        config.layers * (6 * (2 * half + mlp) + 12 * channels * sequence_length) + 6 * config.decoder_layers * half
+    )
+    seen = decoder_length * (0.5 if causal else 1.0) + sequence_length
+    decoder = config.decoder_layers * (6 * (3 * half + mlp) + 12 * channels * seen)
+    decoder += 6 * config.hidden_size * vocabulary_size
+    return encoder + decoder * decoder_length / sequence_length
 
 
 def _reached(config: ModelConfig, layer: int, sequence_length: int) -> float:

@@ -27,7 +27,7 @@ from launcher.verbs.conversion import ExportJob
 from launcher.work import Ranks
 from model import mup
 from model.config import ModelConfig
-from model.hf.families import FAMILIES, config_json
+from model.hf.families import config_json, converted
 from model.hf.pairs import Pair
 from parallel.average import AVERAGE
 from parallel.checkpoint.stream import StoredTensors
@@ -94,7 +94,7 @@ def _exported(job: ExportJob, ranks: Ranks) -> Outcome:
     tensors = Weights(job.checkpoint.path, averaged=job.averaged)
     model = _described(config, tensors)
     tensors.output_factor, model = mup.logit_factor(model), mup.without(model)
-    pairs = list(FAMILIES[model.family].pairs(model))
+    pairs = list(converted(model).pairs(model))
     _check_names(job.checkpoint.path, tensors, pairs)
     dtype: torch.dtype = getattr(torch, job.dtype)
     plan = _plan(pairs, tensors, dtype, job.shard_bytes)

@@ -91,7 +91,7 @@ def _checked_pairs(place: Path, model: ModelConfig, source: Source) -> list[Pair
     wanted = {part for pair in pairs for part in pair.theirs}
     missing = sorted(wanted - source.names)
     if missing:
-        raise UserError(f"{place} has no tensor {missing[0]}, which a {model.family.value} of this config.json has.")
+        raise UserError(f"{place} has no tensor {missing[0]}, which a {model.family} of this config.json has.")
     copies = {"lm_head.weight": pairs[0].theirs[0], **family.copies} if model.tie_embeddings else family.copies
     beyond = sorted(
         name
@@ -99,7 +99,7 @@ def _checked_pairs(place: Path, model: ModelConfig, source: Source) -> list[Pair
         if not name.endswith(_BUFFERS) and not _is_copy(name, copies.get(name), source)
     )
     if beyond:
-        raise UserError(f"{place} has a tensor {beyond[0]} that a {model.family.value} has not: it is not understood.")
+        raise UserError(f"{place} has a tensor {beyond[0]} that a {model.family} has not: it is not understood.")
     return pairs
 
 

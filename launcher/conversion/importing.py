@@ -72,7 +72,7 @@ def _imported(job: ImportJob, ranks: Ranks) -> Outcome:
     assert model.vocabulary_size is not None
     count = format_count(parameter_count(model, model.vocabulary_size, config.train.sequence_length))
     held = "weights" if len(kinds) == 1 else f"weights, and moments after {source.steps} steps"
-    logger.info("%s: a %s of %s parameters, step 0 of a run: %s", job.output, model.family.value, count, held)
+    logger.info("%s: a %s of %s parameters, step 0 of a run: %s", job.output, model.family, count, held)
     logger.info("go on from it: bloomery train %s/model.yaml CONFIG checkpoint.load=%s", job.output, job.output)
     return Outcome(attempt=ranks.attempt, exit_code=0, message=f"imported to {job.output}")
 
@@ -133,7 +133,7 @@ def _write_step(
         participants=participants,
         states=states,
         config=config,
-        layout={"imported": config.model.family.value, "format": origin},
+        layout={"imported": config.model.family, "format": origin},
         attempt=attempt,
     )
 

@@ -90,7 +90,7 @@ def unknown(model: ModelConfig, vocabulary_size: int) -> str | None:
     )
     counted = sum(math.prod(shape.whole) for shape in whole)
     same = counted == parameter_count(model, vocabulary_size, 1)
-    return None if same else f"all parameters of the family {model.family.value}"
+    return None if same else f"all parameters of the family {model.family}"
 
 
 def _work(model: ModelConfig, experts: bool) -> Work:

@@ -100,19 +100,20 @@ def _state(
     ranks: int,
     offload: bool,
 ) -> list[dict[str, int]]:
+    averaged = facts.optimizer.average_decay is not None
     sharing = Sharing(ranks=ranks, expert_ranks=ranks // degrees[1], tensor_ranks=degrees[0])
     found: dict[tuple[int, int], dict[str, int]] = {}
     stages = []
     for sizes in _shapes(facts, degrees, split):
         key = (len(sizes), sum(size.elements for size in sizes))  # stages of one shape hold the same
         if key not in found:
-            held = predicted(sizes, mechanism=how, width=width, sharing=sharing, offload=offload)
+            held = predicted(sizes, mechanism=how, width=width, sharing=sharing, offload=offload, averaged=averaged)
             gathered = width * min(key[1], LIVE_WEIGHTS) if how.stage == 3 else 0
             own = held["masters"] + held.get(f"{HOST}masters", 0)
             found[key] = {
                 "weights": held["weights"],
                 "gradients": held["gradients"],
-                "masters and moments": held["masters"] + held["moments"],
+                "masters and moments": held["masters"] + held["moments"] + held.get("averages", 0),
                 "buffers": held["buffers"] + gathered,
                 "update": own if how.stage in (1, 2) else 0,
             }

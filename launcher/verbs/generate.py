@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int | Work:
     model = checkpoint.config().model
     if not families.family(model).continues_text:
         raise UserError(
-            f"{checkpoint.path} holds a {model.family.value}, which does not continue texts: "
+            f"{checkpoint.path} holds a {model.family}, which does not continue texts: "
             "`bloomery evaluate` says what it learnt."
         )
     job = GenerateJob(

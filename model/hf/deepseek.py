@@ -39,7 +39,7 @@ def _write_shared(config: ModelConfig, _: int) -> dict[str, Any]:
     shared, one = config.moe.shared_ffn_hidden_size, config.moe.ffn_hidden_size or config.ffn_hidden_size
     if shared is None or shared % one:
         raise UserError(
-            f"a {config.family.value} has model.moe.shared_ffn_hidden_size = {shared}: export needs a multiple of an "
+            f"a {config.family} has model.moe.shared_ffn_hidden_size = {shared}: export needs a multiple of an "
             f"expert's {one}"
         )
     return {"n_shared_experts": shared // one}

@@ -29,7 +29,7 @@ class Family:
     """Ends of names in old files, and what they are today."""
 
 
-FAMILIES: Mapping[FamilyName, Family] = {
+FAMILIES: dict[str, Family] = {
     FamilyName.gpt2: Family(settings=gpt2.GPT2, pairs=gpt2.pairs, prefix="transformer."),
     FamilyName.llama: Family(settings=llama.LLAMA, pairs=llama.pairs),
     FamilyName.mistral: Family(settings=llama.MISTRAL, pairs=llama.pairs),
@@ -73,7 +73,18 @@ def family_of(found: Mapping[str, Any]) -> Family:
         )
     if kind not in FAMILIES:
         raise UserError(f"config.json has model_type {kind!r}: those that are converted are {', '.join(FAMILIES)}")
-    return FAMILIES[FamilyName(kind)]
+    return FAMILIES[str(kind)]
+
+
+def converted(config: ModelConfig) -> Family:
+    """How a model's family is converted.
+
+    Raises:
+        UserError: it is not.
+    """
+    if config.family not in FAMILIES:
+        raise UserError(f"a {config.family} has no names in Hugging Face's format: its plugin registered none")
+    return FAMILIES[config.family]
 
 
 def model_values(found: Mapping[str, Any], names: Collection[str] = ()) -> dict[str, Any]:
@@ -92,6 +103,4 @@ def config_json(config: ModelConfig, *, sequence_length: int) -> dict[str, Any]:
     Raises:
         UserError: the model has something that its family cannot say.
     """
-    return write(
-        FAMILIES[config.family].settings, config, model_type=config.family.value, sequence_length=sequence_length
-    )
+    return write(converted(config).settings, config, model_type=config.family, sequence_length=sequence_length)

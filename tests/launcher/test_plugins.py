@@ -64,6 +64,37 @@ def test_an_optimizer_an_objective_and_samples_of_ones_own_train_in_every_layout
     assert codes == [0, 0], said
 
 
+def test_a_family_of_ones_own_trains_is_proven_and_exported(tmp_path: Path, store: Path, package: Path) -> None:
+    model = {"family": "granite", "query_pre_attention_scalar": 64}
+    config = configuration(tmp_path, store, plugins=["my_recipes"], model=model, parallel={"tensor": 2})
+    codes, said = run("train", config, ranks=2)
+    assert codes == [0, 0], said
+    codes, said = run("verify", config, ranks=1)
+    assert codes == [0], said
+    codes, said = run("checkpoint", "export", tmp_path / "run", "--output", tmp_path / "hf")
+    assert codes == [0], said
+    assert "logits: ours and those of transformers differ by" in said
+    theirs = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (theirs["model_type"], theirs["architectures"]) == ("granite", ["GraniteForCausalLM"])
+    codes, said = run("train", config, "plugins=[]", "parallel.tensor=1", f"run.dir={tmp_path / 'without'}")
+    assert codes == [2]
+    assert "model.family is 'granite': expected one of gpt2, llama," in said
+
+
+def test_the_code_of_a_plugin_is_the_runs(tmp_path: Path, store: Path, package: Path) -> None:
+    config = configuration(tmp_path, store, plugins=["my_recipes"], **OWN)
+    codes, said = run("train", config)
+    assert codes == [0], said
+    module = package / "my_recipes.py"
+    module.write_text(module.read_text() + "\n# another version\n")
+    codes, said = run("train", config, "train.steps=10", "checkpoint.allow_changes=[train.steps]")
+    assert codes == [2]
+    assert "changed in plugins/my_recipes.py" in said
+    codes, said = run("train", config, "train.steps=10", "checkpoint.allow_changes=[train.steps, code]")
+    assert codes == [0], said
+    assert "the code, in plugins/my_recipes.py" in said
+
+
 def test_an_installed_package_is_found_by_its_entry_point(tmp_path: Path, store: Path, package: Path) -> None:
     about = package / "my_recipes-1.0.dist-info"
     about.mkdir()

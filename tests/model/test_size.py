@@ -75,6 +75,20 @@ def test_flops_of_latent_attention_by_hand() -> None:
     assert pairs == 6 * LATENT.layers * heads * (size + values) * 100
 
 
+def test_flops_of_two_stacks_by_hand() -> None:
+    """Per token of the encoder: a row of 40 of them has 10 of the decoder's."""
+    config = ModelConfig(
+        layers=2, decoder_layers=3, hidden_size=8, heads=2, head_size=5, ffn_hidden_size=16, activation=Activation.relu
+    )
+    own, mlp = 4 * 8 * 10, 2 * 8 * 16
+    read = 40 * (2 * (own + mlp) + 3 * 2 * 8 * 10)  # keys and values of three cross attentions are of what was read
+    told = 10 * (3 * (own + mlp + 2 * 8 * 10) + 8 * 128)
+    for causal, seen in ((False, 10), (True, 5)):
+        pairs = 2 * 40 * 40 + 3 * 10 * (seen + 40)
+        expected = (6 * (read + told) + 12 * 10 * pairs) / 40
+        assert flops_per_token(config, 128, 40, causal=causal, decoder_length=10) == pytest.approx(expected, rel=1e-12)
+
+
 def test_flops_by_hand() -> None:
     config = ModelConfig(layers=2, hidden_size=8, heads=2, ffn_hidden_size=16)
     matrices = 2 * (4 * 8 * 8 + 3 * 8 * 16) + 8 * 128
