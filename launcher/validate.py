@@ -161,9 +161,36 @@ def _model(config: RunConfig) -> Iterator[Problem]:
     if model.position is Position.learned and config.train.sequence_length > (model.positions or math.inf):
         legal = f"at most model.positions = {model.positions}, the rows of the table of learned positions"
         yield Problem(key="train.sequence_length", got=config.train.sequence_length, legal=legal)
+    yield from _pattern(model)
     if model.full_attention_every is not None and model.sliding_window is None:
         legal = "null without model.sliding_window: then every layer attends to the whole document"
         yield Problem(key="model.full_attention_every", got=model.full_attention_every, legal=legal)
+
+
+_OTHER_LAYERS = {"M": "Mamba", "*": "Mamba's hybrids", "G": "gated delta rule (GDN)", "D": "gated delta rule (GDN)"}
+"""Letters that patterns of hybrids have elsewhere."""
+
+
+def _pattern(model: ModelConfig) -> Iterator[Problem]:
+    """Kinds of layers that are here."""
+    if model.pattern is None:
+        return
+    for letter, kind in _OTHER_LAYERS.items():
+        if letter in model.pattern:
+            legal = (
+                f"letters W and F: layers of {kind} need Transformer Engine and CUDA kernels, which are not used here"
+            )
+            yield Problem(key="model.pattern", got=model.pattern, legal=legal)
+            return
+    if not model.pattern or set(model.pattern) - {"W", "F"}:
+        legal = "letters W (within model.sliding_window) and F (to the document's start), such as WWWF"
+        yield Problem(key="model.pattern", got=model.pattern, legal=legal)
+    elif model.sliding_window is None:
+        legal = "null without model.sliding_window: every layer attends to the whole document"
+        yield Problem(key="model.pattern", got=model.pattern, legal=legal)
+    elif model.full_attention_every is not None:
+        legal = "null with model.full_attention_every, which says the same"
+        yield Problem(key="model.pattern", got=model.pattern, legal=legal)
 
 
 def _mup(config: RunConfig) -> Iterator[Problem]:

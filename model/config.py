@@ -268,6 +268,9 @@ class ModelConfig:
     full_attention_every: int | None = None
     """With a sliding window: each n-th layer reaches to the document's start (2 in Gemma 2, 6 in Gemma 3); by default
     none does."""
+    pattern: str | None = None
+    """Kinds of the layers, a letter each, from the first on and over again: `W` attends within the sliding window, `F`
+    to the document's start (`WWWF`); where full_attention_every is too regular. By default all are the same."""
     query_pre_attention_scalar: int | None = None
     """Attention scores are divided by the square root of this; by default head_size (Gemma)."""
     attention_softcap: float | None = None
@@ -330,5 +333,7 @@ class ModelConfig:
 
     def window(self, layer: int) -> int | None:
         """How many tokens back the attention of a layer, counted from 0, reaches; None: to the document's start."""
+        if self.pattern is not None:
+            return self.sliding_window if self.pattern[layer % len(self.pattern)] == "W" else None
         every = self.full_attention_every
         return None if every is not None and (layer + 1) % every == 0 else self.sliding_window

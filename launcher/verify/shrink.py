@@ -286,6 +286,8 @@ def _reach(config: RunConfig, sequence: int) -> dict[str, Any]:
         reach["positions"] = sequence * (2 if model.positions > given else 1)
     if model.sliding_window is not None:
         reach["sliding_window"] = sequence // 3 if model.sliding_window < given else sequence
+    if model.pattern is not None:
+        reach["pattern"] = "".join(dict.fromkeys(model.pattern))  # each kind once, in their order
     if model.full_attention_every is not None:
         reach["full_attention_every"] = min(model.full_attention_every, 2)
     return reach

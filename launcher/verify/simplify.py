@@ -216,6 +216,7 @@ FEATURES: tuple[Feature, ...] = (
     _setting("stretched positions", "model.rope_scaling", RopeScalingConfig()),
     _setting("a rotary base inside windows", "model.rope_local_base", None),
     _setting("layers beyond the window", "model.full_attention_every", None),
+    _setting("kinds of layers", "model.pattern", None),
     _setting("a sliding window", "model.sliding_window", None),
     _setting("the next-sentence head", "model.next_sentence", False),
     _setting("norms after the sums", "model.norm_placement", NormPlacement.before),

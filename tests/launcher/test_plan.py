@@ -62,6 +62,14 @@ def test_the_best_layouts_are_like_the_published(
     assert [one["step_seconds"] for one in found["best"]] == sorted(one["step_seconds"] for one in found["best"])
 
 
+def test_an_average_of_the_weights_takes_as_much_as_the_masters(tmp_path: Path) -> None:
+    kept = ("optimizer.average_decay=null", "optimizer.average_decay=0.999")
+    without, averaged = (planned(tmp_path, "llama-3b", 1, one)["best"][0] for one in kept)
+    assert without["layout"] == averaged["layout"]
+    kind = "masters and moments"
+    assert averaged["bytes"][kind] == pytest.approx(without["bytes"][kind] * 16 / 12, rel=1e-3)
+
+
 def test_a_thousand_accelerators_have_more_than_a_thousand_layouts(tmp_path: Path) -> None:
     assert planned(tmp_path, "mixtral-8x7b", 128, batch=4096)["tried"] > 1000
 

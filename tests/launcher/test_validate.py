@@ -59,6 +59,20 @@ def test_sound_configurations_pass(overrides: tuple[str, ...], ranks: int) -> No
     ("overrides", "ranks", "key", "legal"),
     [
         (("model.hidden_size=60",), 1, "model.hidden_size", "a multiple of model.heads = 8, such as 56"),
+        (
+            ("model.pattern=WMW", "model.sliding_window=8"),
+            1,
+            "model.pattern",
+            "layers of Mamba need",
+        ),
+        (
+            ("model.pattern=WXF", "model.sliding_window=8"),
+            1,
+            "model.pattern",
+            "letters W (within model.sliding_window)",
+        ),
+        (("model.pattern=WF",), 1, "model.pattern", "null without model.sliding_window"),
+        (("model.family=lama",), 1, "model.family", "llama, if that was meant"),
         (("optimizer.name=moun",), 1, "optimizer.name", "muon, if that was meant"),
         (
             ("optimizer.name=shampoo",),

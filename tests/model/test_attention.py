@@ -138,9 +138,10 @@ def _dense(
         {"sliding_window": 3},
         {"sliding_window": 4, "full_attention_every": 2, "rope_local_base": 20.0},
         {"sliding_window": 4, "full_attention_every": 3, "attention_softcap": 0.5, "query_pre_attention_scalar": 3},
+        {"sliding_window": 4, "pattern": "FWW", "rope_local_base": 20.0},
         {"rope_share": 0.5, "query_pre_attention_scalar": 24},
     ],
-    ids=["plain", "window", "alternating", "capped", "partly-turned"],
+    ids=["plain", "window", "alternating", "capped", "pattern", "partly-turned"],
 )
 @pytest.mark.parametrize("objective", ["causal_lm", "prefix_lm"])
 @pytest.mark.distributed
