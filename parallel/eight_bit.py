@@ -37,9 +37,9 @@ class AdamW8bit(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    self._update(parameter, parameter.grad.contiguous(), group)
 
-    def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+    def _update(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -50,7 +50,7 @@ class AdamW8bit(torch.optim.Optimizer):
         first, second = (levels.to(parameter.device) for levels in self._levels)
         kernels.optimizer_update_8bit_blockwise(
             "adam",
-            parameter.grad.contiguous(),
+            gradient,
             parameter,
             state["exp_avg_code"],
             state["exp_avg_sq_code"],
