@@ -121,6 +121,11 @@ class Loader:
                     ledger[name] -= tokens - before[name]
         return ledger
 
+    @property
+    def _trained(self) -> int:
+        """Samples before the position that were not jumped over: what steps took, and so which sizes they have."""
+        return self._position - sum(end - first for first, end in self._jumped)
+
     def _tokens_before(self, position: int) -> dict[str, int]:
         """Tokens of each source before a position, as if all of them had been trained on."""
         counts = self._schedule.counts(position).tolist()
@@ -143,12 +148,12 @@ class Loader:
         """
         if not self._ready:
             self._ready = self._make_batches()
-        self._position += self._batch_sizes.at(self._position)
+        self._position += self._batch_sizes.at(self._trained)
         return self._ready.pop()
 
     def _make_batches(self) -> list[dict[str, Tensor]]:
         """Some batches from the position on, the next one last: small batches are made together, which is quicker."""
-        size, alike = self._batch_sizes.at(self._position), self._batch_sizes.alike(self._position)
+        size, alike = self._batch_sizes.at(self._trained), self._batch_sizes.alike(self._trained)
         own = rows_per_rank(size, self._micro_batch_size, self._dp_size)
         count = min(max(1, _TOKENS_AT_ONCE // (own * self._length)), alike or _BATCHES_AT_ONCE, _BATCHES_AT_ONCE)
         while True:

@@ -113,10 +113,6 @@ def _run(config: RunConfig) -> Iterator[Problem]:
         yield Problem(key="checkpoint.keep_best", got=best.keep_best, legal=legal)
     if config.anomaly.not_finite is Policy.tell:
         yield Problem(key="anomaly.not_finite", got="tell", legal="skip, rollback or stop: NaN would stay for ever")
-    for name in ("not_finite", "loss_spike", "gradient_spike"):
-        if config.train.batch_size_ramp and getattr(config.anomaly, name) is Policy.rollback:
-            legal = "another policy with train.batch_size_ramp, whose sizes follow from the place in the data"
-            yield Problem(key=f"anomaly.{name}", got="rollback", legal=legal)
     if config.checkpoint.mirror is not None:
         try:
             place(config.checkpoint.mirror)

@@ -180,6 +180,19 @@ def test_a_rollback_jumps_over_the_data(tmp_path: Path, store: Path, monkeypatch
 
 
 @pytest.mark.distributed
+def test_a_rollback_keeps_the_sizes_of_a_ramp(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ramp = {"train": {"batch_size_ramp": [{"global_batch_size": 2, "until_step": 6}], "micro_batch_size": 1}}
+    gradient_becomes(monkeypatch, math.nan, lambda _engine, batch: 9 in batch["sample_ids"])  # in the fifth step
+    config = configuration(tmp_path, store, anomaly={"not_finite": "rollback"}, **ramp)
+    codes, said = run("train", config, ranks=2)
+    assert codes == [0, 0], said
+    taken = [record["samples"] for record in records(tmp_path)]
+    assert taken == [2, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32, 36]
+    state = json.loads((tmp_path / "run/checkpoints/step-00000012/state.json").read_text())["loader"]
+    assert (state["jumped"], state["position"]) == ([[8, 10]], 38)
+
+
+@pytest.mark.distributed
 def test_a_run_that_goes_back_again_and_again_ends(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
