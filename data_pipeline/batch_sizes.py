@@ -59,3 +59,8 @@ class BatchSizes:
 
     def _phase(self, position: int) -> Phase:
         return next(phase for phase in reversed(self.phases) if phase.position <= position)
+
+
+def rows_per_rank(global_batch_size: int, micro_batch_size: int, dp_size: int) -> int:
+    """Rows that each data-parallel rank gets: its share, rounded up to whole micro-batches."""
+    return -(-global_batch_size // (dp_size * micro_batch_size)) * micro_batch_size

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipeline.batch_sizes import BatchSizes
+from data_pipeline.batch_sizes import BatchSizes, rows_per_rank
 from data_pipeline.config import PhaseConfig
 from data_pipeline.following import wait_for_growth
 from data_pipeline.mixture import spread
@@ -269,11 +269,6 @@ def _difference(key: str, saved: object, own: object) -> str:
     if key == "mixture":
         return "data.mixture changed"
     return f"{key} was {saved} and is {own}"
-
-
-def rows_per_rank(global_batch_size: int, micro_batch_size: int, dp_size: int) -> int:
-    """Rows that each data-parallel rank gets: its share, rounded up to whole micro-batches."""
-    return -(-global_batch_size // (dp_size * micro_batch_size)) * micro_batch_size
 
 
 def _warn_of_waste(samples: int, rows: int) -> None:
