@@ -25,7 +25,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import deepspeed.comm
+import deepspeed.module_inject.auto_ep_layer  # as below
 import deepspeed.ops
+import deepspeed.runtime.zero.muon.muon_optimizer  # else the first engine of each forked rank imports it
 import deepspeed.utils.groups
 import torch
 import torch.distributed as dist

@@ -1,5 +1,6 @@
 """A tiny corpus, a tiny model and the command line as a user calls it: what every test of the launcher stands on."""
 
+import gc
 import os
 import random
 import signal
@@ -25,12 +26,13 @@ import launcher.train  # noqa: F401
 from data_pipeline import tokenizer
 from data_pipeline.store import StoreWriter, TokenizedDocument
 from data_pipeline.tokenizer import Tokenizer
-from launcher import changes, cli
+from launcher import changes, cli, config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _WORDS = ("iron", "ore", "charcoal", "bellows", "furnace", "slag", "hammer", "fire", "clay", "smith", "air", "heat")
 DOCUMENTS = 60
 changes.code_files()  # read once, so that nobody who edits a file meanwhile makes the next fork a changed run
+config.load([])  # so that forked ranks find its tables made
 
 
 def texts(source: str, count: int = DOCUMENTS) -> list[str]:
@@ -186,6 +188,7 @@ def _fork(arguments: list[str], names: dict[str, str], output: Path) -> int:
     if process:
         return process
     code = 1
+    gc.freeze()
     try:
         descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
         for standard in (1, 2):
