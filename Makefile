@@ -37,7 +37,7 @@ reference: venv ## write docs/configuration.md from the code
 	@$(PYTHON) -m launcher.reference > docs/configuration.md.new && mv docs/configuration.md.new docs/configuration.md
 
 bench: venv ## the benchmarks; each prints a table
-	@set -e; for script in train_overhead loader checkpoint dedup tokenize; do echo "== $$script"; .venv/bin/python benchmarks/$$script.py; done
+	@set -e; for script in train_overhead start_up loader checkpoint dedup tokenize; do echo "== $$script"; .venv/bin/python benchmarks/$$script.py; done
 
 faults-table: venv ## docs/reliability.md from the tests' markers; fails where one of the thirty faults has no test
 	@PYTHONPATH=. $(PYTHON) -m tests.faults_table

@@ -1,10 +1,11 @@
-"""Tokens a second of the engine over a plain PyTorch loop on the same architecture and numerics, in one process.
+"""Tokens a second of the engine over a plain PyTorch loop, and over Hugging Face's Trainer, on the same architecture
+and numerics, in one process; then two data-parallel ranks over twice one.
 
     python benchmarks/train_overhead.py [--rounds 15] [--json FILE]
 
-The two take turns, a few steps each, so that whatever else the machine does meets both; the ratio of each pair of
-turns is kept and the median printed. One rank over gloo, ZeRO-1, two micro-batches a step,
-random tokens.
+All take turns, a few steps each, so that whatever else the machine does meets each; the ratio of each turn is kept and
+the median printed, beside the ratio of processor seconds, which a busy machine disturbs less. One rank over gloo, two
+micro-batches a step, random tokens; the ranks have one thread each.
 """
 
 import argparse
@@ -18,8 +19,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from plain import PlainLlama, PlainLoop
+from trainer import TrainerLoop
 
+from launcher.verify.world import run_world
 from model.build import build
 from model.config import ModelConfig
 from model.objectives import Prediction
@@ -34,6 +38,7 @@ QUICKSTART = ModelConfig(layers=6, hidden_size=256, heads=8, kv_heads=4, ffn_hid
 SMALL = ModelConfig(layers=2, hidden_size=64, heads=4, kv_heads=2, ffn_hidden_size=176, tie_embeddings=True)
 SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 256, 4, 2
 STEPS_A_TURN = 2
+WIDTH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,47 +108,90 @@ def plain_step(case: Case) -> Callable[[int], float]:
     return step
 
 
-def turn(step: Callable[[int], float], first: int) -> float:
-    """Seconds for a turn of steps."""
-    started = time.perf_counter()
+def turn(step: Callable[[int], float], first: int) -> tuple[float, float]:
+    """Seconds for a turn of steps, of the clock and of the processor."""
+    started, used = time.perf_counter(), time.process_time()
     for number in range(first, first + STEPS_A_TURN):
         step(number)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - used
 
 
 def measure(case: Case, rounds: int) -> dict[str, float]:
     """Medians of tokens a second and of the ratio."""
-    ours, plain = our_step(case), plain_step(case)
+    ours, plain, trainer = our_step(case), plain_step(case), trainer_loop(case)
     losses = [(ours(step), plain(step)) for step in range(2)]
     assert all(abs(a - b) < 0.2 for a, b in losses), f"the two do not compute the same thing: {losses}"
-    pairs = []
+    pairs, processor = [], []
     for number in range(rounds):
         first = 10 + number * STEPS_A_TURN
         order = (ours, plain) if number % 2 else (plain, ours)
         seconds = {step: turn(step, first) for step in order}
-        pairs.append((seconds[ours], seconds[plain]))
+        pairs.append((seconds[ours][0], seconds[plain][0], STEPS_A_TURN * trainer.turn(STEPS_A_TURN)))
+        processor.append(seconds[plain][1] / seconds[ours][1])
     tokens = STEPS_A_TURN * MICRO_BATCH * MICRO_BATCHES * SEQUENCE
     return {
         "tokens_per_second": tokens / statistics.median(pair[0] for pair in pairs),
         "plain_tokens_per_second": tokens / statistics.median(pair[1] for pair in pairs),
         "ratio": statistics.median(pair[1] / pair[0] for pair in pairs),
+        "processor_ratio": statistics.median(processor),
+        "trainer_tokens_per_second": tokens / statistics.median(pair[2] for pair in pairs),
+        "trainer_ratio": statistics.median(pair[2] / pair[0] for pair in pairs),
     }
+
+
+def trainer_loop(case: Case) -> TrainerLoop:
+    """The same for Hugging Face's."""
+    return TrainerLoop(
+        case.model,
+        vocabulary_size=case.vocabulary_size,
+        sequence=SEQUENCE,
+        micro_batch=MICRO_BATCH,
+        micro_batches=MICRO_BATCHES,
+        dtype=case.dtype,
+    )
+
+
+def rank_seconds(case: Case) -> float:
+    """A rank's work: the median seconds of a step on its own micro-batches, after two that do not count."""
+    step = our_step(case)
+    return statistics.median([turn(step, 10 * number)[0] for number in range(6)][1:]) / STEPS_A_TURN
+
+
+def scaling(case: Case, rounds: int) -> float:
+    """Tokens a second of two data-parallel ranks over twice those of one."""
+    ratios = []
+    for _ in range(rounds):
+        alone, together = (max(run_world(rank_seconds, ranks, case, seconds=600)) for ranks in (1, 2))
+        ratios.append(alone / together)
+    return statistics.median(ratios)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="pairs of turns per precision (15)")
+    parser.add_argument("--rounds", type=int, default=15, help="turns per precision (15)")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    scaled = {case.name: scaling(case, max(1, arguments.rounds // 5)) for case in CASES}  # forks: before any group
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     print(f"sequence {SEQUENCE}, {torch.get_num_threads()} threads, torch {torch.__version__}, medians")
-    print(f"{'precision':<10}{'parameters':>11}{'engine':>14}{'plain loop':>14}{'ratio':>9}")
+    heads = ("parameters", "engine", "plain loop", "ratio", "processor", "Trainer", "ratio", "2 ranks / 2x1")
+    print(f"{'precision':<10}" + "".join(f"{head:>{WIDTH}}" for head in heads))
     table = {}
     for case in CASES:
-        table[case.name] = row = measure(case, arguments.rounds)
-        size = format_count(parameter_count(case.model, case.vocabulary_size))
-        speeds = (f"{format_count(row[key])} tok/s" for key in ("tokens_per_second", "plain_tokens_per_second"))
-        print(f"{case.name:<10}{size:>11}{next(speeds):>14}{next(speeds):>14}{row['ratio']:>9.3f}")
+        table[case.name] = row = {**measure(case, arguments.rounds), "scaling": scaled[case.name]}
+        speed = {key: f"{format_count(row[key])} tok/s" for key in row if key.endswith("tokens_per_second")}
+        cells = (
+            format_count(parameter_count(case.model, case.vocabulary_size)),
+            speed["tokens_per_second"],
+            speed["plain_tokens_per_second"],
+            f"{row['ratio']:.3f}",
+            f"{row['processor_ratio']:.3f}",
+            speed["trainer_tokens_per_second"],
+            f"{row['trainer_ratio']:.3f}",
+            f"{row['scaling']:.3f}",
+        )
+        print(f"{case.name:<10}" + "".join(f"{cell:>{WIDTH}}" for cell in cells))
     if arguments.json:
         arguments.json.write_text(json.dumps(table, indent=2) + "\n")
     dist.destroy_process_group()

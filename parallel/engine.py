@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -26,11 +25,11 @@ from parallel.config import OptimizerConfig
 from parallel.fragments import Held
 from parallel.frozen import frozen_pieces, trained_and_frozen
 from parallel.held import held
+from parallel.mechanism import mechanism
 from parallel.optimizer import PlainUpdater
 from parallel.parameters import local_parameters
-from parallel.rules import RULES
 from parallel.schedules import Schedule
-from parallel.topology import Topology
+from parallel.topology import Topology, add_up
 from parallel.updater import Kind, Updater
 from parallel.whole import WholeUpdater
 from parallel.zero import ZeroUpdater
@@ -113,9 +112,10 @@ class _Stage(torch.nn.Module):
 
 def _updater(optimizer: OptimizerConfig, topology: Topology) -> Callable[..., Updater]:
     """What takes the steps; `parallel.mechanism` says why."""
-    if not RULES[optimizer.name].elementwise:
+    how = mechanism(topology.config, tied=False, sharers=topology.data_parallel_group.size(), optimizer=optimizer.name)
+    if how.whole_parameters:
         return WholeUpdater
-    return ZeroUpdater if topology.config.zero_stage else PlainUpdater
+    return ZeroUpdater if how.stage else PlainUpdater
 
 
 class Engine:
@@ -251,7 +251,7 @@ class Engine:
     def _weight(self, batch: Batch) -> Tensor:
         """[] float64, the sum of the weights of the global batch, of which this slice is a part."""
         weight = batch["loss_weights"].sum(dtype=torch.float64).to(self.topology.device)
-        dist.all_reduce(weight, group=self.topology.data_parallel_group)
+        add_up(weight, self.topology.data_parallel_group)
         return weight
 
     def _weight_sums(self, batch: Batch, weight: Tensor) -> dict[str, Tensor]:
@@ -260,7 +260,7 @@ class Engine:
         sums = {"loss_weights_sum": weight}
         if others:
             own = torch.stack([batch[name].sum(dtype=torch.float64) for name in others]).to(self.topology.device)
-            dist.all_reduce(own, group=self.topology.data_parallel_group)
+            add_up(own, self.topology.data_parallel_group)
             sums |= {f"{name}_sum": total for name, total in zip(others, own, strict=True)}
         return sums
 
@@ -301,14 +301,14 @@ class Engine:
         if not sums:
             return {}
         total = torch.stack(sums).sum(dim=0)
-        dist.all_reduce(total)
+        add_up(total)
         return self._reporting[0].metrics(total, weight)
 
     def _result(self, sums: Tensor, weight: Tensor) -> StepResult:
         """From what `_run` gives, summed over data-parallel slices: the same on every rank, without an update."""
         if self.topology.tensor_rank or not self.topology.is_last_pipeline_stage:  # one tensor rank contributes
             sums.zero_()
-        dist.all_reduce(sums)
+        add_up(sums)
         loss = sums[0] / weight.clamp(min=1e-12)
         reported = dict(zip(self._objective.reports, sums[1:].view(-1, 2), strict=True))
         return StepResult(

@@ -26,7 +26,7 @@ class Mechanism:
     """How a step is taken in one layout."""
 
     stage: int
-    """The ZeRO stage that runs, which is the configured one but for one case that `reason` names."""
+    """The ZeRO stage that runs, which is the configured one but for cases that `reason` names."""
     runs: str
     """Whose code takes the step."""
     sharded: tuple[str, ...]
@@ -42,12 +42,13 @@ _SHARDED = {0: (), 1: ("masters", "moments"), 2: ("masters", "moments", "gradien
 _SHARDED[3] = (*_SHARDED[2], "weights")
 
 
-def mechanism(layout: ParallelConfig, *, tied: bool, optimizer: str = "adamw") -> Mechanism:
+def mechanism(layout: ParallelConfig, *, tied: bool, sharers: int, optimizer: str = "adamw") -> Mechanism:
     """What runs in this layout, if it is a legal one.
 
     Args:
         layout: the parallel degrees and the ZeRO stage.
         tied: whether input and output embedding are one weight.
+        sharers: ranks that hold the same part of the model: data x context.
         optimizer: `optimizer.name`.
     """
     rule = RULES[optimizer]
@@ -62,13 +63,15 @@ def mechanism(layout: ParallelConfig, *, tied: bool, optimizer: str = "adamw") -
             reason=f"{rule.title} looks at whole matrices, so {who} gets all of a parameter's gradient and steps it",
             whole_parameters=True,
         )
-    if layout.zero_stage == 0:
+    alone = sharers == 1 and not layout.offload
+    if layout.zero_stage == 0 or alone:
+        whole = "every rank holds everything; whole gradients are summed by our own all-reduce"
         return Mechanism(
             stage=0,
             runs="torch's AdamW",
             sharded=(),
             reduction=Reduction.at_the_end,
-            reason="every rank holds everything; whole gradients are summed by our own all-reduce",
+            reason="no other rank holds the same part of the model to share it with" if alone else whole,
         )
     stage, reduction = layout.zero_stage, Reduction.in_every_backward
     if layout.virtual_pipeline > 1:

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from parallel.held import Tensors
 from parallel.loss_scale import LossScale
 from parallel.parameters import Fragment, LocalParameter, setting_of
 from parallel.rules import Setting
-from parallel.topology import Topology
+from parallel.topology import Topology, add_up
 from parallel.updater import EXPERTS, MOMENTS, Accepts, Kind, add_into, add_squares, always, reduce_tied
 
 
@@ -83,8 +82,10 @@ class PlainUpdater:
             local.parameter.detach().float() for local in parameters
         ]  # fmt: skip
         self.gradients = [torch.zeros_like(master, requires_grad=False) for master in self.masters]
-        for local, gradient in zip(parameters, self.gradients, strict=True):
-            local.parameter.register_post_accumulate_grad_hook(add_into(gradient))
+        for local, master, gradient in zip(parameters, self.masters, self.gradients, strict=True):
+            master.grad = gradient  # where it is the parameter itself, autograd adds to it in place
+            if master is not local.parameter:
+                local.parameter.register_post_accumulate_grad_hook(add_into(gradient))
         self.optimizer = adamw(parameters, self.masters, config)
         create_state(self.optimizer)
         self.loss_scale = LossScale(dynamic=parameters[0].parameter.dtype == torch.float16)
@@ -96,13 +97,12 @@ class PlainUpdater:
 
     @contextmanager
     def accumulation(self) -> Iterator[None]:
-        for gradient in self.gradients:
-            gradient.zero_()
+        torch._foreach_zero_(self.gradients)
         yield
         reduce_tied(self.parameters, self.gradients, self.topology)
         groups = {False: self.topology.data_parallel_group, True: self.topology.expert_data_parallel_group}
         for local, gradient in zip(self.parameters, self.gradients, strict=True):
-            dist.all_reduce(gradient, group=groups[local.expert])
+            add_up(gradient, groups[local.expert])
             if self.loss_scale.dynamic:
                 gradient.div_(self.loss_scale.value)
 
@@ -118,7 +118,7 @@ class PlainUpdater:
             pairs = zip(self.parameters, self.gradients, strict=True)
             own = torch.zeros_like(squares)
             add_squares(own, (pair for pair in pairs if pair[0].expert == expert), self.topology)
-            dist.all_reduce(own, group=group)
+            add_up(own, group)
             squares += own
         return squares.sqrt()
 
@@ -129,14 +129,10 @@ class PlainUpdater:
             return norm
         if self.clip_norm > 0:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            for gradient in self.gradients:
-                gradient.mul_(factor)
-        for master, gradient in zip(self.masters, self.gradients, strict=True):
-            master.grad = gradient
+            torch._foreach_mul_(self.gradients, factor.to(self.gradients[0].dtype))
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         for local, master in zip(self.parameters, self.masters, strict=True):
-            master.grad = None
             self._round(local, master)
         return norm
 

@@ -33,6 +33,12 @@ def data_parallel_size(config: ParallelConfig, world_size: int) -> int:
     return world_size // model_ranks
 
 
+def add_up(tensor: torch.Tensor, group: ProcessGroup | None = None) -> None:
+    """The sum over the ranks of a group (by default all), in place; one rank has it already, and no thread is asked."""
+    if torch.distributed.get_world_size(group) > 1:
+        torch.distributed.all_reduce(tensor, group=group)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Topology:
     """One rank's coordinates and groups; made once, at assembly, by `Topology.create`."""

@@ -30,7 +30,6 @@ import deepspeed.ops
 import deepspeed.runtime.zero.muon.muon_optimizer  # else the first engine of each forked rank imports it
 import deepspeed.utils.groups
 import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -52,7 +51,7 @@ from parallel.mechanism import Mechanism, Reduction, mechanism
 from parallel.memory import bucket_elements
 from parallel.optimizer import adamw, create_state, set_learning_rate, set_steps
 from parallel.parameters import Fragment, LocalParameter
-from parallel.topology import Topology
+from parallel.topology import Topology, add_up
 from parallel.updater import EXPERTS, MOMENTS, Accepts, Kind, add_squares, always, reduce_tied
 
 
@@ -146,7 +145,12 @@ class ZeroUpdater:
         dtype = parameters[0].parameter.dtype
         self.parameters = parameters
         self.topology = topology
-        self.mechanism = mechanism(topology.config, tied=any(local.tied for local in parameters))
+        self.mechanism = mechanism(
+            topology.config,
+            tied=any(local.tied for local in parameters),
+            sharers=topology.data_parallel_group.size(),
+        )
+        assert self.mechanism.stage
         self.loss_scale = LossScale(dynamic=dtype == torch.float16)
         self._in_backward = self.mechanism.reduction is not Reduction.at_the_end
         unit = _ModelParallelUnit(topology)
@@ -290,8 +294,8 @@ class ZeroUpdater:
             parts = zero.offload_gradient_dict[number] if zero.cpu_offload else zero.averaged_gradients[number]
             parts = [part for part in parts if not getattr(part, "_zero_padding", False)]  # else behind all members
             add_squares(squares, zip(map(self._local.__getitem__, members), parts, strict=False), self.topology)
-        dist.all_reduce(squares, group=self.topology.data_parallel_group)
-        dist.all_reduce(squares, group=self.topology.model_parallel_group)
+        add_up(squares, self.topology.data_parallel_group)
+        add_up(squares, self.topology.model_parallel_group)
         return self._judged(squares.sqrt().to(zero.device))
 
     def gradient(self, local: LocalParameter) -> Tensor:

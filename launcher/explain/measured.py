@@ -57,7 +57,12 @@ def _bytes(case: Case) -> Bytes:
     topology, layout = engine.topology, case.config.parallel
     computed = predicted(
         sizes([*engine.parameters, *engine.frozen], case.config.optimizer),
-        mechanism=mechanism(layout, tied=case.config.model.tie_embeddings, optimizer=case.config.optimizer.name),
+        mechanism=mechanism(
+            layout,
+            tied=case.config.model.tie_embeddings,
+            sharers=topology.data_parallel_group.size(),
+            optimizer=case.config.optimizer.name,
+        ),
         width=engine.parameters[0].parameter.dtype.itemsize,
         sharing=Sharing(
             ranks=topology.data_parallel_group.size(),

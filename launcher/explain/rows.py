@@ -60,7 +60,12 @@ def rows(config: RunConfig, ranks: int, *, vocabulary_size: int) -> Iterator[Row
                 sizes = stage_sizes(
                     config.model, candidate, vocabulary_size=vocabulary_size, optimizer=config.optimizer
                 )
-            how = mechanism(candidate, tied=config.model.tie_embeddings, optimizer=config.optimizer.name)
+            how = mechanism(
+                candidate,
+                tied=config.model.tie_embeddings,
+                sharers=ranks // (candidate.tensor * candidate.pipeline),
+                optimizer=config.optimizer.name,
+            )
             averaged = config.optimizer.average_decay is not None
             held = {
                 precision: _fullest(sizes, how, width, candidate, ranks, averaged)

@@ -83,7 +83,12 @@ def state_bytes(setting: Setting) -> Sequence[Mapping[str, int]]:
         setting.facts,
         (layout.tensor, layout.expert, layout.pipeline, layout.virtual_pipeline),
         tuple(layout.pipeline_split) if layout.pipeline_split else None,
-        mechanism(layout, tied=setting.model.tie_embeddings, optimizer=setting.facts.optimizer.name),
+        mechanism(
+            layout,
+            tied=setting.model.tie_embeddings,
+            sharers=setting.data * layout.context,
+            optimizer=setting.facts.optimizer.name,
+        ),
         setting.width,
         setting.data * layout.context,
         layout.offload,

@@ -185,7 +185,7 @@ def _data(setting: Setting, slowest: Passes) -> float:
     ranks = setting.data * layout.context
     if ranks == 1:
         return 0.0
-    how = mechanism(layout, tied=model.tie_embeddings, optimizer=setting.facts.optimizer.name)
+    how = mechanism(layout, tied=model.tie_embeddings, sharers=ranks, optimizer=setting.facts.optimizer.name)
     elements = stage_elements(setting)
     gradients = ring_seconds(setting, setting.software.gradient_width * elements, ranks, layout.tensor)
     weights = ring_seconds(setting, setting.width * elements, ranks, layout.tensor)

@@ -131,7 +131,7 @@ WHEN = {
     ids=["zero0", "zero1", "zero2", "zero3", "pp2", "pp2-tied-zero2", "pp2-vpp2"],
 )
 def test_gradients_are_reduced_when_it_says_so(case: Case) -> None:
-    how = mechanism(case.config.parallel, tied=case.config.model.tie_embeddings)
+    how = mechanism(case.config.parallel, tied=case.config.model.tie_embeddings, sharers=2)
     calls = collectives(case)
     reductions = [call for call in calls if call.over == "data" and call.name in ("all-reduce", "reduce-scatter")]
     assert {call.when for call in reductions} == WHEN[how.reduction]

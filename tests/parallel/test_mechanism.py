@@ -27,10 +27,17 @@ END, LAST, EVERY = Reduction.at_the_end, Reduction.in_last_backward, Reduction.i
 )
 @pytest.mark.parametrize("offload", [False, True])
 def test_what_runs(layout: ParallelConfig, tied: bool, stage: int, reduction: Reduction, offload: bool) -> None:
-    found = mechanism(replace(layout, offload=offload), tied=tied)
+    found = mechanism(replace(layout, offload=offload), tied=tied, sharers=2)
     assert (found.stage, found.reduction) == (stage, reduction)
     assert found.sharded == ("masters", "moments", "gradients", "weights")[: stage + 1 if stage else 0]
     assert ("saves what stage 1 saves" in found.reason) == (stage != layout.zero_stage)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_rank_shares_with_nobody(stage: int) -> None:
+    alone = ParallelConfig(zero_stage=stage, pipeline=2 if stage < 3 else 1)
+    assert mechanism(alone, tied=True, sharers=1).stage == 0
+    assert mechanism(replace(alone, offload=True), tied=False, sharers=1).stage == stage, "ZeRO steps on the host"
 
 
 @pytest.mark.parametrize(
