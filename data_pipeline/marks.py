@@ -61,13 +61,17 @@ def marks(store: Store) -> Marks:
     Raises:
         UserError: it has no reserved tokens.
     """
-    tokenizer = Tokenizer.load(store.tokenizer)
+    return of_tokenizer(Tokenizer.load(store.tokenizer))
+
+
+def of_tokenizer(tokenizer: Tokenizer) -> Marks:
+    """As `marks`."""
     ids, special = tokenizer.ids(), tokenizer.special_ids()
     if RESERVED[-1] not in ids:
-        raise UserError(f"this objective needs the reserved tokens, and {store.tokenizer} lacks them")
-    is_ordinary = np.zeros(store.vocabulary_size, dtype=np.bool_)
+        raise UserError("this objective needs the reserved tokens, and the tokenizer lacks them")
+    is_ordinary = np.zeros(tokenizer.vocabulary_size, dtype=np.bool_)
     is_ordinary[[number for number in ids.values() if number not in special]] = True
-    joins_left, joins_right = _joins(ids, store.vocabulary_size, byte_level=tokenizer.byte_level)
+    joins_left, joins_right = _joins(ids, tokenizer.vocabulary_size, byte_level=tokenizer.byte_level)
     names = _SENTINELS if all(name in ids for name in _SENTINELS) else _OWN_SENTINELS
     return Marks(
         mask=_known(ids, _MASK),

@@ -76,7 +76,9 @@ VERBS = {
         module="launcher.verbs.evaluate", arguments="CHECKPOINT", meaning="bits per byte on the validation documents"
     ),
     "generate": Verb(
-        module="launcher.verbs.generate", arguments="CHECKPOINT --prompt TEXT", meaning="continue a text with the model"
+        module="launcher.verbs.generate",
+        arguments="CHECKPOINT --prompt TEXT",
+        meaning="continue a text, answer, fill gaps",
     ),
     "doctor": Verb(
         module="launcher.verbs.doctor", arguments="[--job]", meaning="what this machine can do, and what to mend"

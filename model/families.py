@@ -100,8 +100,6 @@ class Family:
     """By which a model can be trained; the first is the default."""
     problems: Callable[[ModelConfig], Iterator[Problem]] = no_problems
     """What such a model cannot have."""
-    continues_text: bool = True
-    """Whether it predicts what follows a text."""
     beside: Callable[[ModelConfig, int], int] = lambda *_: 0
     """Parameters beside blocks, norms, embeddings and output layer, from the vocabulary size."""
 
@@ -152,7 +150,6 @@ ENCODER = Family(
     architecture=Architecture.encoder,
     objectives=_encoder_objectives,
     problems=lambda model: chain(_no_decoder(model), encoder_problems(model)),
-    continues_text=False,
     beside=_encoder_heads,
 )
 
@@ -160,7 +157,6 @@ ENCODER_DECODER = Family(
     architecture=Architecture.encoder_decoder,
     objectives=lambda _: (ObjectiveName.span_corruption, ObjectiveName.seq2seq),
     problems=encoder_decoder_problems,
-    continues_text=False,
     beside=_decoder,
 )
 

@@ -26,7 +26,7 @@ except ImportError:  # an extra: without it a conversion cannot be compared, and
 TOLERANCE = 1e-4
 """Largest difference of a logit, times the largest logit: float32 sums in another order."""
 _ROWS, _LENGTH = 2, 32
-_KERNEL = "eager"
+KERNEL = "eager"
 """Other kernels of theirs leave out what they cannot do (a soft-cap) without a word."""
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def missing_transformers() -> None:
 def pretrained(directory: Path, model: ModelConfig) -> Any:
     """The model of `transformers` in a directory that it reads, float32."""
     kind = _kind(transformers.AutoConfig.from_pretrained(directory), model)
-    return kind.from_pretrained(directory, dtype=torch.float32, attn_implementation=_KERNEL)
+    return kind.from_pretrained(directory, dtype=torch.float32, attn_implementation=KERNEL)
 
 
 def described(config: Path, model: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
@@ -128,7 +128,7 @@ def described(config: Path, model: ModelConfig, weights: Mapping[str, Tensor]) -
         UserError: it has a weight that is not among them.
     """
     found = transformers.AutoConfig.from_pretrained(config)
-    made = _kind(found, model).from_config(found, dtype=torch.float32, attn_implementation=_KERNEL)
+    made = _kind(found, model).from_config(found, dtype=torch.float32, attn_implementation=KERNEL)
     missing, _ = made.load_state_dict(dict(weights), strict=False)
     tied = {"lm_head.weight"} if made.config.tie_word_embeddings else set()
     if left := sorted(set(missing) - tied):

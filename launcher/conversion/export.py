@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.examples.kinds import Facts
 from data_pipeline.tokenizer import Tokenizer
 from launcher.config import RunConfig
 from launcher.conversion.check import compare_logits, missing_transformers, pretrained
 from launcher.conversion.memory import return_large_blocks
 from launcher.conversion.tensor_file import write_tensor_file
 from launcher.outcome import Outcome
+from launcher.places import Checkpoint
 from launcher.runtime import in_ranks
 from launcher.verbs.conversion import ExportJob
 from launcher.work import Ranks
@@ -92,10 +94,9 @@ def _exported(job: ExportJob, ranks: Ranks) -> Outcome:
         missing_transformers()
     config = job.checkpoint.config()
     tensors = Weights(job.checkpoint.path, averaged=job.averaged)
-    model = _described(config, tensors)
-    tensors.output_factor, model = mup.logit_factor(model), mup.without(model)
+    model = described_model(config, tensors)
     pairs = list(converted(model).pairs(model))
-    _check_names(job.checkpoint.path, tensors, pairs)
+    check_names(job.checkpoint.path, tensors, pairs)
     dtype: torch.dtype = getattr(torch, job.dtype)
     plan = _plan(pairs, tensors, dtype, job.shard_bytes)
     beside = job.output.with_name(f".{job.output.name}.writing")
@@ -116,16 +117,24 @@ def _exported(job: ExportJob, ranks: Ranks) -> Outcome:
     return Outcome(attempt=ranks.attempt, exit_code=0, message=f"exported to {job.output}")
 
 
-def _described(config: RunConfig, tensors: Weights) -> ModelConfig:
-    """The model with its vocabulary size, which the configuration leaves to the store."""
+def described_model(config: RunConfig, tensors: Weights) -> ModelConfig:
+    """The model with its vocabulary size, which the configuration leaves to the store; what muP multiplies by is in
+    the tensors that are read from now on."""
     shape = tensors.shapes.get(_EMBEDDING)
     if shape is None:
         raise UserError("the checkpoint has no word embeddings: it is not a language model's")
     values = {name: getattr(config.model, name) for name in ModelConfig.__slots__}
-    return ModelConfig(**{**values, "vocabulary_size": shape[0]})
+    model = ModelConfig(**{**values, "vocabulary_size": shape[0]})
+    tensors.output_factor = mup.logit_factor(model)
+    return mup.without(model)
 
 
-def _check_names(path: Path, tensors: Weights, pairs: list[Pair]) -> None:
+def check_names(path: Path, tensors: Weights, pairs: list[Pair]) -> None:
+    """Refuses a checkpoint whose tensors are not those of its family.
+
+    Raises:
+        UserError: it names one.
+    """
     stored = set(tensors.shapes)
     known = {pair.ours for pair in pairs}
     for name in sorted(stored ^ known):
@@ -153,7 +162,7 @@ def _write_tensors(directory: Path, plan: list[_File], tensors: Weights, dtype: 
     total = sum(file.bytes for file in plan)
     for number, file in enumerate(plan, start=1):
         name = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        write_tensor_file(directory / name, file.described, _theirs(file.pairs, tensors, dtype))
+        write_tensor_file(directory / name, file.described, theirs(file.pairs, tensors, dtype))
         places |= dict.fromkeys(file.described, name)
         logger.info("  %s  %s (%d of %d)", name, format_bytes(file.bytes), number, len(plan))
     if len(plan) > 1:
@@ -162,7 +171,8 @@ def _write_tensors(directory: Path, plan: list[_File], tensors: Weights, dtype: 
     return total
 
 
-def _theirs(pairs: list[Pair], tensors: Weights, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def theirs(pairs: list[Pair], tensors: Weights, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """All tensors under their names."""
     for pair in pairs:
         parts = pair.split(tensors.read(pair.ours))
         for name, part in zip(pair.theirs, parts, strict=True):
@@ -176,7 +186,7 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _write_descriptions(directory: Path, job: ExportJob, config: RunConfig, model: ModelConfig) -> None:
     """config.json, generation_config.json, and the tokenizer's files where the run has one."""
     ids: dict[str, Any] = {}
-    tokenizer = _tokenizer(job, config)
+    tokenizer = tokenizer_of(job.checkpoint, config)
     if tokenizer is not None:
         ids = {
             "bos_token_id": tokenizer.end_of_document,
@@ -194,9 +204,9 @@ def _write_plain(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _tokenizer(job: ExportJob, config: RunConfig) -> Tokenizer | None:
+def tokenizer_of(checkpoint: Checkpoint, config: RunConfig) -> Tokenizer | None:
     """The tokenizer of the store that the run was trained on, or the one that was imported with the weights."""
-    for place in (Path(config.data.store) / "tokenizer.json", job.checkpoint.run.path / "tokenizer.json"):
+    for place in (Path(config.data.store) / "tokenizer.json", checkpoint.run.path / "tokenizer.json"):
         if place.is_file():
             return Tokenizer.load(place)
     logger.warning("no tokenizer found in %s: the export has none", config.data.store)
@@ -204,6 +214,8 @@ def _tokenizer(job: ExportJob, config: RunConfig) -> Tokenizer | None:
 
 
 def _tokenizer_config(tokenizer: Tokenizer, config: RunConfig) -> dict[str, Any]:
+    facts = Facts.read(Path(config.data.store))
+    template = None if facts is None else facts.chat_template
     end, padding = (tokenizer.token(number) for number in (tokenizer.end_of_document, tokenizer.padding))
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -212,4 +224,5 @@ def _tokenizer_config(tokenizer: Tokenizer, config: RunConfig) -> dict[str, Any]
         "eos_token": end,
         "pad_token": padding,
         "clean_up_tokenization_spaces": False,
+        **({} if template is None else {"chat_template": template}),
     }

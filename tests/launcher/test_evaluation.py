@@ -6,14 +6,11 @@ import math
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import Tokenizer
 from launcher.evaluation.baselines import bits_per_byte, text_bytes, unigram_bits_per_byte, xz_bits_per_byte
-from launcher.generate import continue_tokens
 from launcher.places import find_checkpoint, find_run
 from launcher.run_directory import RunDirectory
 from parallel.common.errors import UserError
@@ -115,17 +112,3 @@ def test_samples_are_kept_and_a_second_call_shows_them(trained: Path) -> None:
     drawn = run("generate", trained, "--temperature", "1", "--seed", "3", "--tokens", "20")[1]
     assert drawn != run("generate", trained, "--temperature", "1", "--seed", "4", "--tokens", "20")[1]
     assert run("generate", trained, "--temperature", "-1")[0] == [2]
-
-
-def test_decoding_stops_at_the_end_and_sees_no_more_than_the_window() -> None:
-    seen: list[list[int]] = []
-
-    def forward(tokens: torch.Tensor) -> torch.Tensor:
-        seen.append(tokens.tolist())
-        return torch.from_numpy(np.eye(8, dtype=np.float32)[(int(tokens[-1]) + 1) % 8])
-
-    generator = torch.Generator()
-    options = {"window": 3, "temperature": 0.0, "end_of_document": 0, "generator": generator}
-    assert continue_tokens(forward, [4], new=10, **options) == [5, 6, 7]
-    assert seen == [[4], [4, 5], [4, 5, 6], [5, 6, 7]]
-    assert continue_tokens(forward, [4], new=2, **options) == [5, 6]

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 import launcher.evaluation.bits_per_byte  # so that forked ranks find it imported
-import launcher.generate
+import launcher.generation.work
 import launcher.train  # noqa: F401
 from data_pipeline import tokenizer
 from data_pipeline.store import StoreWriter, TokenizedDocument

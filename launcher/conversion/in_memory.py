@@ -1,0 +1,45 @@
+"""A checkpoint as a model of `transformers` in memory, float32: what an export would give, without its files."""
+
+from typing import Any
+
+import torch
+
+from launcher.conversion.check import KERNEL, transformers
+from launcher.conversion.export import Weights, check_names, described_model, theirs
+from launcher.places import Checkpoint
+from model.hf.families import config_json, converted
+from parallel.common.errors import UserError
+
+
+def needs_transformers(what: str) -> None:
+    """Refuses what only `transformers` does where it is not installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    if transformers is None:
+        raise UserError(f"{what} needs transformers: pip install 'bloomery[hf]'.")
+
+
+def in_memory(checkpoint: Checkpoint) -> Any:
+    """The model in evaluation mode, on the accelerator where there is one.
+
+    Raises:
+        UserError: the checkpoint is damaged, or its model is none that `transformers` knows.
+    """
+    config = checkpoint.config()
+    tensors = Weights(checkpoint.path)
+    model = described_model(config, tensors)
+    pairs = list(converted(model).pairs(model))
+    check_names(checkpoint.path, tensors, pairs)
+    said = config_json(model, sequence_length=config.train.sequence_length)
+    found = transformers.AutoConfig.for_model(**said)
+    transformers.utils.logging.disable_progress_bar()
+    made = getattr(transformers, said["architectures"][0]).from_pretrained(
+        None,
+        config=found,
+        state_dict=dict(theirs(pairs, tensors, torch.float32)),
+        dtype=torch.float32,
+        attn_implementation=KERNEL,
+    )
+    return made.eval().to("cuda" if torch.cuda.is_available() else "cpu")

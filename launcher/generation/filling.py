@@ -1,0 +1,71 @@
+"""What an encoder puts in place of `[MASK]`."""
+
+from typing import Any
+
+import torch
+
+from data_pipeline.marks import of_tokenizer
+from data_pipeline.tokenizer import Tokenizer
+from launcher.conversion.export import tokenizer_of
+from launcher.conversion.in_memory import in_memory, needs_transformers
+from launcher.generation.writer import MASK
+from launcher.places import Checkpoint
+from model import families
+from model.config import ObjectiveName
+from parallel.common.errors import UserError
+
+Candidates = list[tuple[str, float]]
+"""Texts of tokens and their probabilities, the likeliest first."""
+
+
+class Filler:
+    """A checkpoint that fills gaps."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Raises:
+        UserError: `transformers` is not installed, or the checkpoint has no tokenizer.
+        """
+        needs_transformers("filling gaps")
+        config = checkpoint.config()
+        found = tokenizer_of(checkpoint, config)
+        if found is None:
+            raise UserError(f"{checkpoint.path} has no tokenizer: expected one in {config.data.store} or in its run.")
+        self.tokenizer: Tokenizer = found
+        self.model: Any = in_memory(checkpoint)
+        self.window = config.model.positions or config.train.sequence_length
+        known, end = of_tokenizer(found), found.end_of_document
+        pairs = families.objective(config.model, config.train.objective) == ObjectiveName.masked_lm_next_sentence
+        self.mask = known.mask
+        self.around = (known.first, known.separator) if pairs else (end, end)
+        """What stands before and behind a text, as in training."""
+
+    def read(self, text: str) -> list[int]:
+        """The ids of a text with its gaps.
+
+        Raises:
+            UserError: it has no gap, or is longer than the model's positions.
+        """
+        first, *others = self.tokenizer.encode_batch(text.split(MASK))
+        if not others:
+            raise UserError(f"the prompt {text!r} has no {MASK}: expected one where a token is to be filled in.")
+        ids = [self.around[0], *first]
+        for part in others:
+            ids += [self.mask, *part]
+        if len(ids) >= self.window:
+            raise UserError(f"the prompt {text!r} has {len(ids)} tokens: expected fewer than {self.window}.")
+        return [*ids, self.around[1]]
+
+    def fill(self, text: str, count: int = 5) -> tuple[str, list[Candidates]]:
+        """The text with the likeliest tokens, and for each gap the likeliest ones."""
+        ids = torch.tensor(self.read(text))
+        with torch.no_grad():
+            found = self.model(ids[None].to(self.model.device))
+        logits = (found.logits if hasattr(found, "logits") else found.prediction_logits)[0].float().cpu()
+        candidates = []
+        for place in (ids == self.mask).nonzero().flatten().tolist():
+            best = logits[place].softmax(dim=-1).topk(count)
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            candidates.append([(self.tokenizer.decode([token]), probability) for token, probability in pairs])
+        pieces = iter([each[0][0] for each in candidates])
+        first, *others = text.split(MASK)
+        return first + "".join(next(pieces) + part for part in others), candidates
