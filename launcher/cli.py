@@ -73,7 +73,9 @@ VERBS = {
         meaning="what a layout runs, shards and sends, and the bytes a rank holds",
     ),
     "evaluate": Verb(
-        module="launcher.verbs.evaluate", arguments="CHECKPOINT", meaning="bits per byte on the validation documents"
+        module="launcher.verbs.evaluate",
+        arguments="CHECKPOINT [--task FILE]",
+        meaning="bits per byte on the validation documents; figures of tasks",
     ),
     "generate": Verb(
         module="launcher.verbs.generate",

@@ -7,10 +7,12 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.store import VALIDATION, Store
 from launcher.config import RunConfig
 from launcher.evaluation import result
+from launcher.evaluation.task import Task, read_task
 from launcher.places import Checkpoint, find_checkpoint
 from launcher.start import start_ranks
 from launcher.validate import check_training
@@ -38,13 +40,32 @@ class EvaluateJob:
     """Second place for the result."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskJob:
+    """A checkpoint and what to ask it."""
+
+    checkpoint: Checkpoint
+    config: RunConfig
+    ranks: Ranks
+    tasks: tuple[tuple[Task, list[dict[str, Any]]], ...]
+    harness: tuple[str, ...]
+    """Tasks of lm-evaluation-harness, by name."""
+    include: Path | None
+    """A directory of its task files."""
+    few_shot: int | None
+    limit: int | None
+    copy: Path | None
+    """Second place for the result."""
+
+
 def main(arguments: Sequence[str]) -> int | Work:
-    """Parses `CHECKPOINT [--ranks N] [--json FILE]`."""
+    """Parses `CHECKPOINT [--task FILE ...] [--harness NAME ...] [--ranks N] [--json FILE]`."""
     parser = argparse.ArgumentParser(
         prog="bloomery evaluate",
         description="Bits per byte on the validation documents, overall and by source, beside what knowing only the "
         "tokens' frequencies reaches (unigram) and beside xz -9; of models that do not predict text token after token "
-        "the losses of their objective. Written to evaluation.json in the run.",
+        "the losses of their objective. Written to evaluation.json in the run. With --task or --harness: the figures "
+        "of tasks, in any layout, written to tasks.jsonl in the run.",
         epilog="example: bloomery evaluate runs/first@200 --ranks 2 --json first.json",
     )
     parser.add_argument("checkpoint", help="a step directory, a run (its newest step), or RUN@STEP")
@@ -52,9 +73,18 @@ def main(arguments: Sequence[str]) -> int | Work:
         "--ranks", type=positive, help="compute on this many local ranks (default: accelerators, else 1)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
+    parser.add_argument("--task", type=Path, action="append", default=[], metavar="FILE", help="YAML; repeatable")
+    parser.add_argument(
+        "--harness", action="append", default=[], metavar="NAME", help="a task of lm-evaluation-harness; repeatable"
+    )
+    parser.add_argument("--include", type=Path, metavar="DIR", help="with --harness: more task files")
+    parser.add_argument("--few-shot", type=int, metavar="N", help="with --harness: examples before each question")
+    parser.add_argument("--limit", type=positive, metavar="N", help="with --harness: the first N of each task")
     options = parser.parse_args(list(arguments))
     checkpoint = find_checkpoint(options.checkpoint)
     config = checkpoint.config()
+    if options.task or options.harness:
+        return _tasks(options, list(arguments), checkpoint)
     store = Store.open(Path(config.data.store))
     if not store.shards(split=VALIDATION):
         raise UserError(
@@ -74,6 +104,30 @@ def main(arguments: Sequence[str]) -> int | Work:
     job = EvaluateJob(checkpoint=checkpoint, config=in_layout(config, wanted), ranks=ranks, copy=options.json)
     module = _MODULES.get(families.objective(config.model, config.train.objective), _LOSSES)
     return Work(module=module, job=job, rank=ranks.rank, logs=checkpoint.run.logs)
+
+
+def _tasks(options: argparse.Namespace, arguments: list[str], checkpoint: Checkpoint) -> int | Work:
+    """What `--task` and `--harness` ask."""
+    tasks = tuple(read_task(file) for file in options.task)
+    config, ranks = checkpoint.config(), from_environment()
+    for task, _ in tasks:
+        task.options()
+    wanted = ranks_to_start(ranks, options.ranks)
+    if wanted > ranks.world_size:
+        place = arguments.index("--ranks") if "--ranks" in arguments else len(arguments)
+        return start_ranks(["evaluate", *arguments[:place], *arguments[place + 2 :]], ranks=wanted)
+    job = TaskJob(
+        checkpoint=checkpoint,
+        config=in_layout(config, wanted),
+        ranks=ranks,
+        tasks=tasks,
+        harness=tuple(options.harness),
+        include=options.include,
+        few_shot=options.few_shot,
+        limit=options.limit,
+        copy=options.json,
+    )
+    return Work(module="launcher.evaluation.tasks", job=job, rank=ranks.rank, logs=checkpoint.run.logs)
 
 
 def _without_ranks(options: argparse.Namespace) -> list[str]:

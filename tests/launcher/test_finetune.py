@@ -34,7 +34,7 @@ def conversations(count: int) -> list[dict[str, Any]]:
     for number in range(count):
         turns = []
         for asked in chosen.sample(sorted(ANSWERS), 1 + number % 2):
-            turns += [{"role": "user", "content": f"{asked} {chosen.choice(sorted(ANSWERS))}"}]
+            turns += [{"role": "user", "content": asked}]
             turns += [{"role": "assistant", "content": ANSWERS[asked]}]
         found.append({"messages": turns})
     return found

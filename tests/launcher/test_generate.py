@@ -21,7 +21,7 @@ from launcher.places import find_checkpoint
 from launcher.verify.world import run_world
 from parallel.common.errors import UserError
 from tests.launcher.test_encoders import make
-from tests.launcher.test_finetune import base, chats, tuned  # noqa: F401
+from tests.launcher.test_finetune import ANSWERS, base, chats, tuned  # noqa: F401
 from tests.launcher.tiny import configuration, run
 
 pytestmark = pytest.mark.distributed
@@ -141,13 +141,16 @@ def test_samples_are_kept_and_prompts_come_from_anywhere(trained: Path, tmp_path
 
 
 def test_a_conversation_is_answered(base: Path, chats: Path, tmp_path: Path) -> None:  # noqa: F811
-    train = {"steps": 110, "sequence_length": 64, "objective": "answers", "global_batch_size": 8}
+    train = {"steps": 60, "sequence_length": 64, "objective": "answers", "global_batch_size": 8}
     config = tuned(tmp_path / "tuned", chats, base, train=train)
     assert run("train", config)[0] == [0]
-    arguments = ("generate", tmp_path / "tuned" / "run", "--chat", "--prompt", "iron slag", "--prompt", "air clay")
+    arguments = ("generate", tmp_path / "tuned" / "run", "--chat", "--prompt", "iron", "--prompt", "air")
     codes, said = run(*arguments, "--tokens", "12")
     assert codes == [0], said
-    assert said == "iron slag\n> ore\n\nair clay\n> bellows\n\n"
+    first, second = said.strip().split("\n\n")
+    for asked, found in (("iron", first), ("air", second)):
+        assert found.startswith(f"{asked}\n> ")
+        assert found.partition("> ")[2] in ANSWERS.values()  # a whole answer, and nothing behind the end of the turn
 
 
 def test_gaps_are_filled_and_spans_are_told(store: Path, tmp_path: Path) -> None:

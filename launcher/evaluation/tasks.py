@@ -1,0 +1,59 @@
+"""`bloomery evaluate CHECKPOINT --task FILE`, and `--harness NAME`: figures, written to tasks.jsonl in the run."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from launcher.evaluation.asking import Asked, ask
+from launcher.evaluation.harness import run_harness
+from launcher.outcome import Outcome
+from launcher.runtime import in_ranks
+from launcher.verbs.evaluate import TaskJob
+from launcher.work import Ranks
+from parallel.common.files import hash_file, write_json
+from parallel.common.lines import JsonLines
+
+
+def work(job: TaskJob) -> int:
+    """Joins the ranks, asks, writes; returns the exit code."""
+    return in_ranks(lambda ranks: _asked(job, ranks), job.ranks)
+
+
+def _asked(job: TaskJob, ranks: Ranks) -> Outcome:
+    asked = Asked(job.checkpoint, job.config, rank=ranks.rank)
+    found: dict[str, dict[str, Any]] = {}
+    for task, records in job.tasks:
+        found[task.name] = {"kind": task.kind.value, "records": len(records), **ask(asked, task, records)}
+    if job.harness:
+        found |= run_harness(asked, job.harness, job.include, few_shot=job.few_shot, limit=job.limit)
+    if ranks.rank == 0:
+        keep(job, found)
+        show(job.checkpoint.path.name, found)
+    return Outcome(attempt=ranks.attempt, exit_code=0, message=f"{len(found)} tasks")
+
+
+def keep(job: TaskJob, found: dict[str, dict[str, Any]]) -> None:
+    """A line a task in the run, and all of them in `--json`."""
+    identity = {
+        "checkpoint": job.checkpoint.path.name,
+        "checksum": hash_file(job.checkpoint.path / "manifest.json"),
+        "step": job.checkpoint.manifest.step,
+    }
+    lines = JsonLines(job.checkpoint.run.path / "tasks.jsonl")
+    for name, figures in found.items():
+        lines.append({**identity, "task": name, **figures})
+    if job.copy is not None:
+        write_json(job.copy, {**identity, "tasks": found})
+
+
+def show(checkpoint: str, found: dict[str, dict[str, Any]]) -> None:
+    """Prints a table."""
+    table = Table(title=f"Tasks, {checkpoint}", title_justify="left")
+    for head in ("task", "figure", "value"):
+        table.add_column(head, justify="right" if head == "value" else "left")
+    for name, figures in found.items():
+        for figure, value in figures.items():
+            if isinstance(value, float):
+                table.add_row(name, figure, f"{value:.4f}")
+    Console().print(table)

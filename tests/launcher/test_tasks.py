@@ -1,0 +1,247 @@
+"""Tasks: figures of the live model in layouts, against the libraries of the field and plain computations."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import sacrebleu
+import sklearn.metrics
+import torch
+import yaml
+from hypothesis import given, settings
+from rouge_score import rouge_scorer
+
+import launcher.evaluation.tasks  # so that forked ranks find it imported
+from launcher.evaluation.metrics import classified, written
+from launcher.evaluation.scoring import windows
+from launcher.generation.writer import Writer
+from launcher.places import find_checkpoint
+from launcher.verbs.conversion import export_main
+from tests.launcher.test_conversion import in_process
+from tests.launcher.test_generate import alone
+from tests.launcher.tiny import configuration, run, texts
+
+assert launcher.evaluation.tasks
+
+LABELS = st.sampled_from(["a", "b", "c"])
+TEXTS = st.lists(st.sampled_from(["iron", "ore", "fire", "clay", "铁", "air"]), max_size=8).map(" ".join)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(LABELS, LABELS), min_size=1, max_size=30))
+def test_classes_are_counted_as_by_hand(pairs: list[tuple[str, str]]) -> None:
+    truth, found = [first for first, _ in pairs], [second for _, second in pairs]
+    figures = classified(truth, found)
+    known = sorted({*truth, *found})
+    precision, recall, f1 = [], [], []
+    for label in known:
+        right = sum(one == two == label for one, two in pairs)
+        precision.append(right / max(1, found.count(label)))
+        recall.append(right / max(1, truth.count(label)))
+        f1.append(2 * right / max(1, found.count(label) + truth.count(label)))
+    share = sum(one == two for one, two in pairs) / len(pairs)
+    expected = {
+        "accuracy": share, "precision_macro": np.mean(precision), "recall_macro": np.mean(recall),
+        "f1_macro": np.mean(f1), "precision_micro": share, "recall_micro": share, "f1_micro": share,
+    }  # fmt: skip
+    assert figures == pytest.approx(expected)
+    assert figures["f1_macro"] == pytest.approx(
+        sklearn.metrics.f1_score(truth, found, average="macro", zero_division=0)
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(TEXTS.filter(bool), TEXTS.filter(bool), TEXTS), min_size=1, max_size=6))
+def test_texts_are_compared_as_the_libraries_do(rows: list[tuple[str, str, str]]) -> None:
+    truth, found = [[one, two] for one, two, _ in rows], [text for *_, text in rows]
+    figures = written(truth, found, tokenize="zh")
+    columns = [[one for one, _, _ in rows], [two for _, two, _ in rows]]
+    assert figures["bleu"] == pytest.approx(sacrebleu.BLEU(tokenize="zh").corpus_score(found, columns).score)
+    assert figures["chrf"] == pytest.approx(sacrebleu.CHRF().corpus_score(found, columns).score)
+    latin = all("铁" not in text for row in rows for text in row)
+    if latin:  # rouge-score's own words have no other letters
+        scorer = rouge_scorer.RougeScorer(["rougeL"])
+        expected = np.mean([scorer.score_multi(list(row[:2]), row[2])["rougeL"].fmeasure for row in rows])
+        assert figures["rougeL"] == pytest.approx(expected)
+    assert figures["exact_match"] == sum(text in row for row, text in zip(truth, found, strict=True)) / len(rows)
+    assert written([["铁 矿"]], ["铁 石"])["rouge1"] == pytest.approx(0.5)
+
+
+@given(st.integers(2, 60), st.integers(1, 12), st.integers(1, 12))
+def test_windows_ask_for_each_token_once(count: int, length: int, stride: int) -> None:
+    ids, stride = list(range(count)), min(stride, length)
+    rows = windows(ids, length, stride)
+    assert [row.ids[place] for row in rows for place in row.asked] == ids[1:]
+    for row in rows:
+        assert len(row.ids) <= length + 1
+        assert row.asked.start >= 1
+        before = row.ids[row.asked.start]
+        assert row.asked.start >= min(before, length - stride + 1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
+    directory = tmp_path_factory.mktemp("trained")
+    assert run("train", configuration(directory, store, train={"steps": 30}))[0] == [0]
+    return directory / "run"
+
+
+def task(directory: Path, records: list[Any], **content: Any) -> Path:
+    name = content["name"]
+    (directory / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    file = directory / f"{name}.yaml"
+    file.write_text(yaml.safe_dump({"data": f"{name}.jsonl", **content}))
+    return file
+
+
+def loss_by_hand(model: Any, ids: list[int], length: int, stride: int) -> float:
+    """Summed loss of all tokens but the first, window by window, written down again."""
+    total, done = 0.0, 1
+    with torch.no_grad():
+        while done < len(ids):
+            stop = min(len(ids), length + 1) if done == 1 else min(done + stride, len(ids))
+            first = max(0, stop - length - 1)
+            found = model(torch.tensor([ids[first : stop - 1]])).logits[0].log_softmax(dim=-1)
+            total -= sum(float(found[place - first - 1, ids[place]]) for place in range(done, stop))
+            done = stop
+    return total
+
+
+@pytest.mark.distributed
+@pytest.mark.truth
+def test_figures_are_the_same_in_layouts_and_in_transformers(trained: Path, store: Path, tmp_path: Path) -> None:
+    documents = [{"text": text, "origin": name} for name in ("code", "prose") for text in texts(name, 4)]
+    choices = [
+        {"question": "iron", "options": ["ore", "clay fire", "air"], "answer": number % 3} for number in range(5)
+    ]
+    ask = {"kind": "multiple_choice", "prompt": "{question} ", "choices": "options", "target": "answer"}
+    sort = {"kind": "classification", "prompt": "{text}", "choices": {"x": " ore", "y": " clay"}}
+    files = [
+        task(tmp_path, documents, name="long", kind="perplexity", group="origin", stride=8),
+        task(tmp_path, choices, name="choose", **ask),
+        task(tmp_path, [{"text": "iron", "label": "x"}, {"text": "air", "label": "y"}], name="sort", **sort),
+        task(tmp_path, [{"text": "iron", "label": "ore"}], name="write", kind="generation", decoding={"tokens": 4}),
+    ]  # fmt: skip
+    arguments = [word for file in files for word in ("--task", file)]
+    found = {}
+    for name, layout in {"one": {}, "tp2-pp2": {"tensor": 2, "pipeline": 2}, "cp2": {"context": 2}}.items():
+        config = trained / "config.yaml"
+        kept = config.read_text()
+        config.write_text(yaml.safe_dump({**yaml.safe_load(kept), "parallel": layout}))
+        ranks = math.prod(layout.values())
+        try:
+            codes, said = run("evaluate", trained, *arguments, "--json", tmp_path / f"{name}.json", ranks=ranks)
+        finally:
+            config.write_text(kept)
+        assert codes == [0] * ranks, said
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())["tasks"]
+    for other in ("tp2-pp2", "cp2"):
+        for each, figures in found["one"].items():
+            for figure, value in figures.items():
+                assert found[other][each][figure] == (
+                    pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+                )
+    long = found["one"]["long"]
+    assert {"bits_per_byte", "code/bits_per_byte", "prose/perplexity"} <= long.keys()
+
+    def by_hand() -> float:
+        writer = Writer(find_checkpoint(str(trained)))
+        end = writer.tokenizer.end_of_document
+        ids = [[end, *each, end] for each in writer.tokenizer.encode_batch([record["text"] for record in documents])]
+        return sum(loss_by_hand(writer.model, each, 32, 8) for each in ids)
+
+    nats = alone(by_hand)
+    size = sum(len(record["text"].encode()) for record in documents)
+    assert long["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert len((trained / "tasks.jsonl").read_text().splitlines()) == 12
+
+
+HARNESS = {
+    "task": "furnace", "dataset_path": "json", "output_type": "multiple_choice", "test_split": "test",
+    "doc_to_text": "{{question}}", "doc_to_choice": "{{options}}", "doc_to_target": "{{answer}}",
+    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+}  # fmt: skip
+
+
+@pytest.mark.distributed
+@pytest.mark.truth
+def test_the_harness_gives_the_numbers_of_its_own_model(trained: Path, tmp_path: Path) -> None:
+    """Through our backend on two tensor ranks, and through `hf` on the exported weights."""
+    rng = np.random.default_rng(0)
+    words = ["iron", "ore", "fire", "clay", "air", "slag"]
+    lines = []
+    for _ in range(30):
+        options = [f" {word}" for word in rng.choice(words, 3, replace=False)]
+        lines.append({"question": " ".join(rng.choice(words, 6)), "options": options, "answer": int(rng.integers(3))})
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "tasks").mkdir()
+    choose = {**HARNESS, "dataset_kwargs": {"data_files": {"test": str(data)}}}
+    read = {
+        "task": "reading", "dataset_path": "json", "output_type": "loglikelihood_rolling", "test_split": "test",
+        "doc_to_text": "", "doc_to_target": "{{question}}", "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    }  # fmt: skip
+    for content in (choose, read):
+        (tmp_path / "tasks" / f"{content['task']}.yaml").write_text(yaml.safe_dump(content))
+    assert in_process(export_main, trained, "--output", tmp_path / "hf") == 0
+    script = (
+        "import json, lm_eval, sys\n"
+        "from lm_eval.tasks import TaskManager\n"
+        "model, tasks, answer = sys.argv[1:]\n"
+        "found = lm_eval.simple_evaluate(model='hf', model_args=dict(pretrained=model, dtype='float32', max_length=32),"
+        " tasks=['furnace', 'reading'], task_manager=TaskManager(include_path=tasks), device='cpu', batch_size=4,"
+        " bootstrap_iters=0, log_samples=False)\n"
+        "json.dump(found['results'], open(answer, 'w'))\n"
+    )
+    words = [sys.executable, "-c", script, *map(str, (tmp_path / "hf", tmp_path / "tasks", tmp_path / "theirs.json"))]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = json.loads((tmp_path / "theirs.json").read_text())
+    config = trained / "config.yaml"
+    kept = config.read_text()
+    config.write_text(yaml.safe_dump({**yaml.safe_load(kept), "parallel": {"tensor": 2}}))
+    try:
+        named = ("--harness", "furnace", "--harness", "reading", "--include", tmp_path / "tasks")
+        codes, said = run("evaluate", trained, *named, "--json", tmp_path / "ours.json", ranks=2)
+    finally:
+        config.write_text(kept)
+    assert codes == [0, 0], said
+    ours = json.loads((tmp_path / "ours.json").read_text())["tasks"]
+    compared = 0
+    for name, figures in ours.items():
+        for figure, value in figures.items():
+            if "stderr" not in figure:
+                assert value == pytest.approx(theirs[name][f"{figure},none"], abs=1e-4), (name, figure)
+                compared += 1
+    assert compared >= 4
+    assert run("evaluate", trained, "--harness", "nothing_like_it")[0] == [2]
+
+
+def test_what_is_wrong_with_a_task_is_one_sentence(trained: Path, tmp_path: Path) -> None:
+    good = {"name": "t", "kind": "multiple_choice", "choices": ["a", "b"]}
+    for number, (content, records, told) in enumerate(
+        (
+            ({**good, "kind": "guess"}, [{"text": "x"}], "describes no task"),
+            ({**good, "shots": 3}, [{"text": "x"}], "describes no task"),
+            (good, [], "has no records"),
+            (good, [{"text": "x", "label": "c"}], "is none of the choices a, b"),
+            ({**good, "prompt": "{question}"}, [{"text": "x", "label": "a"}], "cannot be filled"),
+            ({"name": "t", "kind": "cloze"}, [{"text": "x", "label": "a"}], "expected an encoder"),
+            (
+                {"name": "t", "kind": "generation", "decoding": {"beam": 2}},
+                [{"text": "x", "label": "a"}],
+                "decoding.beam",
+            ),
+        )
+    ):
+        (tmp_path / str(number)).mkdir()
+        codes, said = run("evaluate", trained, "--task", task(tmp_path / str(number), records, **content))
+        assert (codes, told in said) == ([2], True), said
