@@ -157,7 +157,7 @@ def bad_nodes(
     bad = set()
     for line in _blame(directory):
         attempts.setdefault(line["host"], set()).add(line["attempt"])
-        if line["kind"] == Kind.bad or len(attempts[line["host"]]) >= BLAMED_TIMES:
+        if line.get("kind") == Kind.bad or len(attempts[line["host"]]) >= BLAMED_TIMES:
             bad.add(line["host"])
     bad -= set(excluded)
     left = set(usable) - bad - set(excluded)
@@ -166,7 +166,7 @@ def bad_nodes(
 
 def _cause(directory: RunDirectory, attempt: str) -> str | None:
     """Whose fault the end of an attempt was; a slow node ends none."""
-    mine = [line for line in _blame(directory) if line["attempt"] == attempt and line["kind"] != Kind.slow]
+    mine = [line for line in _blame(directory) if line["attempt"] == attempt and line.get("kind") != Kind.slow]
     return mine[0]["cause"] if mine else None
 
 
