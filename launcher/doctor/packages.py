@@ -27,6 +27,7 @@ MODULES = {
 TESTED = {"torch": "2.11.0", "megatron-core": "0.19.2", "deepspeed": "0.19.8"}
 """What computes, as it was tested: the engine stands on parts of DeepSpeed that may change with any release."""
 EXTRAS = {
+    "bnb": "8-bit AdamW (optimizer.name=adamw_8bit)",
     "fast": "another encoder, for the tokenizers that it knows; its gain was not measured here",
     "filters": "filters by language",
     "hf": "the check of logits when weights go to and come from Hugging Face",

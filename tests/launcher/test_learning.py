@@ -78,6 +78,10 @@ def test_it_learns_what_needs_looking(objective: str, definitions: Path, tmp_pat
     fresh = ("train.steps=1", "optimizer.learning_rate=1e-9", "optimizer.schedule.warmup_steps=0")
     assert not learnt(evaluation(config, tmp_path / "fresh", *fresh))
     assert learnt(evaluation(config, tmp_path / "run"))
+    if objective == "prefix_lm":
+        codes, said = run("generate", tmp_path / "run", "--prompt", "def ", "--tokens", "4")
+        assert codes == [0], said
+        assert said.startswith("def ")
     if objective == "fill_in_the_middle":  # validation documents are never turned; what was trained on was
         rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
         store = Store.open(definitions)
