@@ -32,6 +32,7 @@ EXTRAS = {
     "filters": "filters by language",
     "hf": "the check of logits when weights go to and come from Hugging Face",
     "ray": "data builds over several nodes (data.engine=ray)",
+    "tensorboard": "event files beside metrics.jsonl (tracking.tensorboard)",
     "warc": "text from WARC archives",
 }
 """What each extra brings."""

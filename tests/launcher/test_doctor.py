@@ -69,6 +69,7 @@ def test_with_everything_there_nothing_has_to_be_mended(tmp_path: Path) -> None:
 
 def test_what_is_missing_or_broken_is_told_and_nothing_falls_over(tmp_path: Path) -> None:
     extras = ["gigatoken", "py3langid", "transformers", "ray", "trafilatura", "warcio", "lxml_html_clean"]
+    extras += ["bitsandbytes", "tensorboard"]
     code, said, _ = examined(tmp_path, missing=["torch", *extras], broken=["safetensors", "wandb"])
     assert code == 2, said
     for name, brings in EXTRAS.items():
