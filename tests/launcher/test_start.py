@@ -13,6 +13,7 @@ from launcher.lifetime import children
 from launcher.outcome import Outcome
 from launcher.run_directory import RunDirectory
 from tests.launcher.tiny import bloomery, command, configuration, environment
+from tests.launcher.tiny import run as forked
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -53,8 +54,9 @@ def test_from_training_to_the_report_with_the_public_commands(tmp_path: Path, st
     evaluated = bloomery("evaluate", run, "--ranks", "2", "--json", tmp_path / "e.json")
     assert evaluated.returncode == 0, evaluated.stderr
     assert (tmp_path / "e.json").read_bytes() == (run / "evaluation.json").read_bytes()
-    again = bloomery("evaluate", f"{run}@12", "--ranks", "2")
-    assert evaluated.stdout.startswith(again.stdout.splitlines()[0])
+    codes, again = forked("evaluate", f"{run}@12", ranks=2)
+    assert codes == [0, 0]
+    assert evaluated.stdout.startswith(again.splitlines()[0])
     generated = bloomery("generate", run, "--prompt", "iron", "--tokens", "4")
     assert generated.returncode == 0, generated.stderr
     assert generated.stdout.startswith("iron")
@@ -92,7 +94,7 @@ def test_a_rank_that_dies_ends_the_call_with_1(tmp_path: Path, store: Path) -> N
 
 def test_a_mistake_that_only_the_ranks_see_is_one_sentence(tmp_path: Path, store: Path) -> None:
     config = configuration(tmp_path, store)
-    assert bloomery("train", config, "train.steps=3").returncode == 0
+    assert forked("train", config, "train.steps=3")[0] == [0]
     (tmp_path / "run" / "outcome.json").unlink()
     state = tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json"
     state.write_bytes(state.read_bytes().replace(b"1", b"2", 1))
