@@ -93,7 +93,7 @@ def test_a_job_cancelled_at_the_worst_time_stays_cancelled(
     number=5,
     fault="the time limit comes near: USR1, perhaps before the first step",
     holds="all ranks save the same step, no step is lost, requeued, the same bits",
-    back_after=66.0,
+    back_after=129.0,
 )
 def test_time_limit(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed) -> None:
     job = submit(cluster, tiny_run(tmp_path, store, "limit"), pace_seconds=1.0, time="3m", lead_seconds=150)
