@@ -34,6 +34,12 @@ NOT_HERE: dict[str, str] = {
     r"^bloomery train .*layout\.yaml": "needs the GPUs that the plan is for",
     r"--format (deepspeed|megatron)": "needs a checkpoint of another program: test_import_foreign.py",
     r"checkpoint\.load=runs/sft": "starts from the import above",
+    r"^bloomery data examples chat\.jsonl|data\.store=stores/chat train\.objective": (
+        "needs conversations: tests/launcher/test_finetune.py makes some"
+    ),
+    r"--file prompts\.txt|generate runs/chat": "needs what the line above would have made: test_generate.py",
+    r"--task tasks/|--harness": "needs task files and, for the harness, its data sets: test_tasks.py has some",
+    r"tutorial|^bloomery (evaluate|generate) (lesson|classes|scratch|chat) ?": "python -m tests.accept_tutorial",
 }
 """Commands that are not run: a pattern, and why."""
 
