@@ -5,7 +5,7 @@
 Read it from top to bottom to know what a run is made of; each line names the room where its part lives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ from launcher.length import batch_sizes, total_steps
 from launcher.machine import known_machine
 from launcher.meter import Meter
 from launcher.objective import objective_of, plan_of, travelling_length
+from launcher.prediction import Prediction, predicted, process_bytes
 from launcher.preempt import Asked, Preempt
 from launcher.profiling import Profile, StepProfile
 from launcher.progress import Every, Progress
@@ -94,9 +95,12 @@ def assemble(
     store = open_store(config.data)
     topology = Topology.create(config.parallel)
     rows = vocabulary_size(config, store)
+    held_before = process_bytes(topology.device)
     engine = make_engine(
         config, vocabulary_size=rows, topology=topology, objective=objective_of(config, sources=store.sources)
     )
+    expected = predicted(config, engine, vocabulary_size=rows, steps=steps)
+    sinks = [Prediction(expected, held_before=held_before, file=directory.prediction)] if expected else []
     _check_patterns(config, engine)
     loader = _loader(config, store, topology)
     progress = Progress(total_steps=steps, batch_sizes=batch_sizes(config), sequence_length=train.sequence_length)
@@ -137,7 +141,7 @@ def assemble(
         meter=_meter(config, rows, topology, pulse, loader),
         profile=_profile(config, directory, topology),
         display=display,
-        tracker=_tracker(config, directory, fence, display, rank=topology.rank),
+        tracker=_tracker(config, directory, fence, display, rank=topology.rank, sinks=sinks),
     )
 
 
@@ -251,11 +255,13 @@ def _hosts() -> ProcessGroup:
     return group
 
 
-def _tracker(config: RunConfig, directory: RunDirectory, fence: Fence, display: Display, *, rank: int) -> Tracker:
+def _tracker(
+    config: RunConfig, directory: RunDirectory, fence: Fence, display: Display, *, rank: int, sinks: Sequence[Sink]
+) -> Tracker:
     """Metrics are this attempt's alone: one that is over would write steps into the run that stand there already."""
     if rank != 0:
         return Tracker(metrics=None, events=None)
-    sinks: list[Sink] = [Shown(display)]
+    sinks = [Shown(display), *sinks]
     if config.tracking.wandb.mode is not WandbMode.disabled:
         sinks.append(WeightsAndBiases.of(config, directory.path))
     if config.tracking.tensorboard:

@@ -2,7 +2,7 @@
 
     config.yaml  code.json  history.jsonl  metrics.jsonl  events.jsonl  outcome.json  lock  checkpoints/  wandb/  logs/
     logs/jobs.jsonl  evaluation.json  samples.jsonl  report.html    (of `submit`, `evaluate`, `generate`, `report`)
-    profile/  tensorboard/                                          (where asked for)
+    prediction.json  profile/  tensorboard/    (predicted beside measured; where asked for)
 
 Contract: one live process group writes to a run. The lock is an advisory lock of the operating system on the file
 `lock`, which a dead process cannot hold; its content names the holder for those who are refused. Only rank 0 writes
@@ -49,6 +49,7 @@ class RunDirectory:
         self.history = JsonLines(path / "history.jsonl")
         self.events = JsonLines(path / "events.jsonl")
         self.samples = JsonLines(path / "samples.jsonl")
+        self.prediction = path / "prediction.json"
         self.profile = path / "profile"
         self.tensorboard = path / "tensorboard"
         self.jobs = JsonLines(self.logs / "jobs.jsonl")

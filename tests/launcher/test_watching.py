@@ -25,22 +25,34 @@ def test_a_run_shows_its_steps(tmp_path: Path, store: Path) -> None:
     config = configuration(
         tmp_path,
         store,
-        train={"steps": 6, "log_every_steps": 2, **PROFILE},
+        train={"steps": 21, "log_every_steps": 2, **PROFILE},
         parallel={"tensor": 2},
-        evaluate={"every_steps": 3, "batches": 1, "prompts": ["iron ore"], "sample_tokens": 3},
+        evaluate={"every_steps": 12, "batches": 1, "prompts": ["iron ore"], "sample_tokens": 3},
         tracking={"tensorboard": True, "wandb": {"mode": "disabled"}},
     )
     codes, said = run("train", config, ranks=2)
     assert codes == [0, 0], said
     directory = RunDirectory(tmp_path / "run")
+    assert said.count("after step 20: a step takes") == 1
+    found = json.loads(directory.prediction.read_text())
+    computed, measured = found["predicted"], found["measured"]
+    assert computed["step_seconds"] == pytest.approx(sum(computed["seconds"].values()))
+    assert computed["memory_bytes"] == sum(computed["bytes"].values())
+    assert computed["memory_bytes"] == pytest.approx(measured["memory_bytes"], rel=0.3)
+    assert computed["hardware"] == "this CPU, measured"
+    taken = [record for record in directory.metrics if 1 < record["step"] <= 20]
+
+    tokens = [128, *[256] * 9]  # of a record; the one of step 12 is an evaluation too
+    seconds = sum(count / record["tokens_per_second"] for count, record in zip(tokens, taken, strict=True))
+    assert measured["step_seconds"] == pytest.approx(seconds / 19)
     with gzip.open(directory.profile / "rank-00001.json.gz") as file:
         assert any("mm" in event.get("name", "") for event in json.load(file)["traceEvents"])
     assert "dearest operations by time, steps 3 to 4" in (directory.profile / "rank-00001.txt").read_text()
     assert not (directory.profile / "rank-00000.txt").exists()
     samples = list(directory.samples)
     assert [(sample["checkpoint"], sample["prompt"]) for sample in samples] == [
-        ("step 3", "iron ore"),
-        ("step 6", "iron ore"),
+        ("step 12", "iron ore"),
+        ("step 21", "iron ore"),
     ]
     assert all(sample["continuation"] for sample in samples)
     curves = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
