@@ -44,7 +44,7 @@ SOFTWARE = {
     # Transformer Engine's kernels; collectives overlap with products, gradients with backward and weights with forward.
     "megatron": Software(
         tensor=0.02,
-        context=0.64,
+        context=0.69,
         gathers_ahead=True,
         reduces_early=True,
         fused=True,
@@ -56,7 +56,7 @@ SOFTWARE = {
     "torchtitan-compiled": Software(fused=True, block_seconds=5e-4),
     "llm-foundry": Software(fused=False, block_seconds=1e-3),
 }
-FP8 = {"h100": 0.6, "b200": 0.42, "h100-500w": 0.56}
+FP8 = {"h100": 0.57, "b200": 0.41, "h100-500w": 0.56}
 """Share of the fp8 peak that matrix products reach, their quantisation included."""
 ATTENTION = {"megatron-2022 a100": 0.12, "llm-foundry a100": 0.36, "llm-foundry h100": 0.21}
 """Shares of those that had no attention of today's: one without a fused kernel, one with the first."""

@@ -105,16 +105,7 @@ def assemble(
     loader = _loader(config, store, topology)
     progress = Progress(total_steps=steps, batch_sizes=batch_sizes(config), sequence_length=train.sequence_length)
     fence = Fence(attempt=attempt, holder=partial(Lock.attempt, directory.lock))
-    checkpoints = Checkpoints(
-        directory.checkpoints,
-        retention=Retention.of(config.checkpoint),
-        fence=fence,
-        layout=dict(topology.describe()),
-        config=configuration.to_dict(config),
-        group=_hosts(),
-        asynchronous=config.checkpoint.asynchronous,
-        mirror=config.checkpoint.mirror,
-    )
+    checkpoints = _checkpoints(config, directory, topology, fence)
     display = make_display(topology.rank)
     saving = Saving(config.checkpoint, total_steps=steps, rank=topology.rank)
     hosts = exchange(node_name())
@@ -142,6 +133,20 @@ def assemble(
         profile=_profile(config, directory, topology),
         display=display,
         tracker=_tracker(config, directory, fence, display, rank=topology.rank, sinks=sinks),
+    )
+
+
+def _checkpoints(config: RunConfig, directory: RunDirectory, topology: Topology, fence: Fence) -> Checkpoints:
+    """What this attempt saves, which nothing but it may write."""
+    return Checkpoints(
+        directory.checkpoints,
+        retention=Retention.of(config.checkpoint),
+        fence=fence,
+        layout=dict(topology.describe()),
+        config=configuration.to_dict(config),
+        group=_hosts(),
+        asynchronous=config.checkpoint.asynchronous,
+        mirror=config.checkpoint.mirror,
     )
 
 

@@ -189,7 +189,11 @@ def _data(setting: Setting, slowest: Passes) -> float:
     elements = stage_elements(setting)
     gradients = ring_seconds(setting, setting.software.gradient_width * elements, ranks, layout.tensor)
     weights = ring_seconds(setting, setting.width * elements, ranks, layout.tensor)
-    count, ahead, back = setting.micro_batches, HIDEABLE * slowest.forward, HIDEABLE * slowest.backward
+    count = setting.micro_batches
+    # Interleaved, as many micro-batches as there are stages pass a chunk before the next one's turn: the first chunks'
+    # weights are needed, and the last chunks' gradients are there, that many passes before the others.
+    passes = min(count, layout.pipeline) if layout.virtual_pipeline > 1 else 1
+    ahead, back = HIDEABLE * passes * slowest.forward, HIDEABLE * passes * slowest.backward
     if how.stage == 0:
         return 2 * gradients
     if how.stage == 3:
