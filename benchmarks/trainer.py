@@ -86,5 +86,6 @@ class TrainerLoop:
             trainer = transformers.Trainer(
                 model=self.model, args=arguments, train_dataset=self._rows, callbacks=[clock]
             )
+            trainer.remove_callback(transformers.PrinterCallback)
             trainer.train()
         return statistics.median(after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False))
