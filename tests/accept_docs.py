@@ -71,7 +71,8 @@ INSTEAD: dict[str, tuple[str, str]] = {
     r"checkpoint prune first": ("checkpoint prune second", "the first is looked at later"),
     r"models/Llama-3\.2-1B": ("models/Qwen3-0.6B", "the one that the reader has"),
     r"corpora/web_text_document": ("$(ls stores/mixed/*.bin | head -n 1 | sed s/.bin$//)", "any Megatron corpus"),
-    r"(?<!--output )stores/(web|quick)\b": ("stores/mixed", "the one that the reader has"),
+    r"(?<!--output )stores/(web|quick|base)\b": ("stores/mixed", "the one that the reader has"),
+    r'--grep "def read\("': ('--grep "iron"', "what the reader's text is about"),
     r" STORE\b": (" stores/mixed", "a placeholder"),
 }
 """Commands that run in another form: a pattern, what stands there instead, and why."""

@@ -5,10 +5,12 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import transformers
 import yaml
 
+from data_pipeline import tokenizer
 from tests.documented.commands import ROOT
 
 _LINKS = (".venv", "benchmarks", "configs", "docs", "slurm", "tests")
@@ -39,7 +41,7 @@ def make(directory: Path) -> None:
     )
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/plugins.md").read_text(), re.DOTALL)
     (directory / "my_recipes.py").write_text("\n\n".join(blocks))
-    _model(directory / "home" / "models" / "Qwen3-0.6B")
+    _model(directory, directory / "home" / "models" / "Qwen3-0.6B")
 
 
 def _run() -> dict[str, object]:
@@ -88,19 +90,32 @@ def _texts(directory: Path) -> None:
     _write(directory / "old" / "a.jsonl.gz", [{"text": text} for text in web[:100]])
     for name in ("mmlu", "gsm8k"):
         _write(directory / f"{name}.jsonl", [{"question": english()}])
+    _write(directory / "chat.jsonl", [_conversation(chosen) for _ in range(100)])
     _write(directory / "new.jsonl.gz", [{"text": text} for text in [*web[50:100], *(english() for _ in range(50))]])
 
 
-def _write(path: Path, records: list[dict[str, str]]) -> None:
+def _conversation(chosen: random.Random) -> dict[str, Any]:
+    first, second = chosen.sample(_WORDS, 2)
+    return {
+        "messages": [
+            {"role": "user", "content": f"Say {first} and {second} the other way round."},
+            {"role": "assistant", "content": f"{second} {first}"},
+        ]
+    }
+
+
+def _write(path: Path, records: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
-def _model(path: Path) -> None:
-    """A Qwen3 with random weights, made and saved by its own library."""
+def _model(directory: Path, path: Path) -> None:
+    """A Qwen3 with random weights, made and saved by its own library, and a tokenizer."""
     settings = transformers.Qwen3Config(
         vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
         num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
     )  # fmt: skip
     transformers.Qwen3ForCausalLM(settings).save_pretrained(path)
+    texts = [json.loads(line)["text"] for line in (directory / "web" / "a.jsonl").read_text().splitlines()]
+    tokenizer.train(iter(texts), 512, path / "tokenizer.json")
