@@ -33,6 +33,7 @@ NOT_HERE: dict[str, str] = {
     r"--matrix tests/": "hundreds of layouts: minutes, and part of the tests",
     r"^bloomery train .*layout\.yaml": "needs the GPUs that the plan is for",
     r"--format (deepspeed|megatron)": "needs a checkpoint of another program: test_import_foreign.py",
+    r"--harness arc_easy": "its data sets are downloaded",
     r"checkpoint\.load=runs/sft": "starts from the import above",
     r"^bloomery data examples chat\.jsonl|data\.store=stores/chat train\.objective": (
         "needs conversations: tests/launcher/test_finetune.py makes some"
@@ -171,7 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _before(page: str) -> list[str]:
     """What a reader has done before opening the page."""
-    runs = [f"bloomery train my-run.yaml run.name={name}" for name in ("first", "second") if page == "--help"]
+    names = {"--help": ("first", "second"), "docs/finetuning.md": ("first",)}.get(page, ())
+    runs = [f"bloomery train my-run.yaml run.name={name}" for name in names]
     return ["bloomery data build my-corpus.yaml", *runs]
 
 

@@ -32,6 +32,7 @@ def make(directory: Path) -> None:
             link.symlink_to(ROOT / name)
     (directory / "home").mkdir(exist_ok=True)
     _texts(directory)
+    _tasks(directory)
     (directory / "my-run.yaml").write_text(yaml.safe_dump(_run()))
     (directory / "my-corpus.yaml").write_text(yaml.safe_dump(_corpus(_BUILT)))
     (directory / "new-sources.yaml").write_text(yaml.safe_dump(_corpus(_GROWN)))
@@ -92,6 +93,24 @@ def _texts(directory: Path) -> None:
         _write(directory / f"{name}.jsonl", [{"question": english()}])
     _write(directory / "chat.jsonl", [_conversation(chosen) for _ in range(100)])
     _write(directory / "new.jsonl.gz", [{"text": text} for text in [*web[50:100], *(english() for _ in range(50))]])
+
+
+def _tasks(directory: Path) -> None:
+    """A task of ours, and one of lm-evaluation-harness's."""
+    choices = [" Paris", " Rome"]
+    own: dict[str, Any] = {"name": "capitals", "kind": "multiple_choice", "data": "capitals.jsonl"}
+    own |= {"prompt": "{question}\nAnswer:", "choices": choices, "target": "answer"}
+    theirs: dict[str, Any] = {"task": "furnace", "dataset_path": "json", "output_type": "multiple_choice"}
+    theirs |= {"dataset_kwargs": {"data_files": {"test": str(directory / "tasks" / "capitals.jsonl")}}}
+    theirs |= {"test_split": "test", "doc_to_text": "{{question}}", "doc_to_choice": choices, "doc_to_target": "answer"}
+    theirs |= {"metric_list": [{"metric": "acc"}], "metadata": {"version": 1}}
+    _write(
+        directory / "tasks" / "capitals.jsonl",
+        [{"question": f"Capital {each}?", "answer": each % 2} for each in range(8)],
+    )
+    (directory / "tasks" / "capitals.yaml").write_text(yaml.safe_dump(own))
+    (directory / "tasks" / "furnace.yaml").write_text(yaml.safe_dump(theirs))
+    (directory / "prompts.txt").write_text("iron\nore\n")
 
 
 def _conversation(chosen: random.Random) -> dict[str, Any]:
