@@ -47,7 +47,7 @@ GRACE_SECONDS = 5.0
 DEATHS = (2, 6)
 """At least and at most so many of each run."""
 POINTS = ("shard_half_written", "before_manifest", "after_manifest", "before_rename", "after_rename", "retention")
-WRITES_A_SAVE = 60
+WRITES_A_SAVE = 1_000
 """About how often a rank passes `shard_half_written` in one save of this model."""
 
 CASES: dict[str, dict[str, Any]] = {
