@@ -67,8 +67,9 @@ class Validation:
         found = {f"validation_{name}": value for name, value in means(reported).items()}
         self._samples.take(engine, step)
         self._latest = step, {"validation_loss": total / weight, **nested(found)}
-        return self.at(step)
+        return dict(self._latest[1])
 
-    def at(self, step: int) -> dict[str, Any]:
-        """What `loss` found after this step; empty if it did not look then."""
-        return dict(self._latest[1]) if step == self._latest[0] else {}
+    def at(self, step: int) -> dict[str, float]:
+        """The numbers that `loss` found after this step, for its checkpoint; empty if it did not look then."""
+        found = self._latest[1] if step == self._latest[0] else {}
+        return {name: value for name, value in found.items() if isinstance(value, float)}
