@@ -16,7 +16,7 @@ quickstart: venv ## from raw text to a trained model; DATA=path takes your own j
 	@env -u OMP_NUM_THREADS .venv/bin/python -m launcher quickstart $(if $(DATA),--data $(DATA))
 
 test: venv ## the tests
-	@$(PYTHON) -m pytest -n $$((2 * $$(nproc))) --maxprocesses 8
+	@$(PYTHON) -m pytest -n $$((2 * $$(env -u OMP_NUM_THREADS nproc))) --maxprocesses 8
 
 test-slurm: venv ## all faults of a cluster, on a real Slurm of four nodes (as root; installs Debian's packages)
 	@BLOOMERY_TEST_SLURM=1 $(PYTHON) -m pytest -n 3 tests/slurm
