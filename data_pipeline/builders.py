@@ -8,11 +8,9 @@ data-parallel size nor resuming changes a sample.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipeline.batch import make_batch
+from data_pipeline.batch import Rows, make_batch
 from data_pipeline.corruption import MaskingConfig, SpansConfig
 from data_pipeline.samples import Samples
 from data_pipeline.store import Store
@@ -44,22 +42,8 @@ class SampleBuilder(ABC):
         return None
 
     @abstractmethod
-    def batch(
-        self,
-        ids: NDArray[np.unsignedinteger],
-        *,
-        sample_ids: NDArray[np.int64],
-        labels_in_row: NDArray[np.int64],
-        segment_lengths: NDArray[np.int64] | None = None,
-    ) -> dict[str, Tensor]:
-        """A batch as in `batch`, with what the objective has besides.
-
-        Args:
-            ids: Each row's tokens and the one that follows, [batch, length + 1].
-            sample_ids: Position in the global order, -1 in a row that only fills, [batch].
-            labels_in_row: How many labels of each row count, from the left, [batch].
-            segment_lengths: Tokens after which a segment begins in any case, [batch]; None: nowhere.
-        """
+    def batch(self, rows: Rows) -> dict[str, Tensor]:
+        """A batch as in `data_pipeline.batch`, with what the objective has besides; a row has `length` + 1 tokens."""
 
 
 class Causal(SampleBuilder):
@@ -69,21 +53,11 @@ class Causal(SampleBuilder):
         self._setting = setting
         self.length = setting.sequence_length
 
-    def batch(
-        self,
-        ids: NDArray[np.unsignedinteger],
-        *,
-        sample_ids: NDArray[np.int64],
-        labels_in_row: NDArray[np.int64],
-        segment_lengths: NDArray[np.int64] | None = None,
-    ) -> dict[str, Tensor]:
+    def batch(self, rows: Rows) -> dict[str, Tensor]:
         store = self._setting.store
         return make_batch(
-            ids,
-            sample_ids=sample_ids,
-            labels_in_row=labels_in_row,
+            rows,
             end_of_document=store.end_of_document,
             padding=store.padding,
             mask_documents=self._setting.mask_documents,
-            segment_lengths=segment_lengths,
         )

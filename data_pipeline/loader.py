@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_pipeline.batch import Rows
 from data_pipeline.batch_sizes import BatchSizes, rows_per_rank
 from data_pipeline.config import PhaseConfig
 from data_pipeline.following import wait_for_growth
@@ -169,8 +170,7 @@ class Loader:
                 self._wait(behind)
             count = 1
         ids = np.zeros((len(sample_ids), self._length + 1), dtype=self._store.dtype)
-        labels = np.zeros(len(sample_ids), dtype=np.int64)
-        labels[real] = _fill(ids, np.flatnonzero(real), self._streams, sources, ordinals)
+        labels = _fill(ids, real, self._streams, sources, ordinals)
         if self._middle is not None:
             for row, source in zip(np.flatnonzero(real).tolist(), sources.tolist(), strict=True):
                 if self._middle.wants(self._schedule.sources[source]):
@@ -178,11 +178,9 @@ class Loader:
         lengths = None
         if any(phase.segment_length for phase in self._schedule.phases):
             lengths = self._schedule.segment_lengths(np.maximum(sample_ids, 0), self._length)
-        together = self._builder.batch(ids, sample_ids=sample_ids, labels_in_row=labels, segment_lengths=lengths)
+        rows = Rows(ids=ids, sample_ids=sample_ids, labels_in_row=labels, segment_lengths=lengths)
         in_store = np.array([self._places.get(name, -1) for name in self._schedule.sources], dtype=np.int64)
-        source = np.full(len(sample_ids), -1, dtype=np.int64)
-        source[real] = in_store[sources]
-        together = {**together, "source": torch.from_numpy(source)}
+        together = {**self._builder.batch(rows), "source": _placed(in_store[sources], real)}
         split = [tensor.split(own) for tensor in together.values()]
         return [dict(zip(together, tensors, strict=True)) for tensors in zip(*split, strict=True)][::-1]
 
@@ -324,24 +322,24 @@ def _content_hash(store: Store, shards: Sequence[Shard]) -> str:
 
 def _fill(
     ids: NDArray[np.unsignedinteger],
-    rows: NDArray[np.int64],
+    real: NDArray[np.bool_],
     streams: Sequence[Samples],
     sources: NDArray[np.int64],
     ordinals: NDArray[np.int64],
     *,
     once: bool = False,
 ) -> NDArray[np.int64]:
-    """Reads the given samples of the given sources into some rows of `ids`; both are [rows]. `once`: labels beyond
-    the first pass do not count.
+    """Reads samples into the `real` rows of `ids`; a source and an ordinal for each. `once`: labels beyond the first
+    pass do not count.
 
     Returns:
-        How many labels of each row count, [rows].
+        How many labels of each row count, [batch].
     """
-    labels = np.zeros(len(rows), dtype=np.int64)
+    rows, labels = np.flatnonzero(real), np.zeros(len(ids), dtype=np.int64)
     for source in np.unique(sources).tolist():
         here = sources == source
-        stream = streams[source]
-        ids[rows[here]], labels[here] = stream.read_once(ordinals[here]) if once else stream.read(ordinals[here])
+        stream, into, wanted = streams[source], rows[here], ordinals[here]
+        ids[into], labels[into] = stream.read_once(wanted) if once else stream.read(wanted)
     return labels
 
 
@@ -382,19 +380,21 @@ def single_pass(
     ]
     samples = np.array([stream.samples_of_a_pass for stream in streams], dtype=np.int64)
     sources, ordinals = spread(samples, np.full(len(samples), 0.5))
-    places = _places(store)
-    in_store = np.array([places[name] for name in tokens], dtype=np.int64)
+    in_store = np.array([_places(store)[name] for name in tokens], dtype=np.int64)
     rows = rows_per_rank(global_batch_size, micro_batch_size, dp_size)
     slots = np.arange(dp_rank * rows, (dp_rank + 1) * rows)
     for first in range(0, len(sources), global_batch_size):
-        real = np.flatnonzero(slots < min(global_batch_size, len(sources) - first))
-        sample_ids = np.full(rows, -1, dtype=np.int64)
-        sample_ids[real] = first + slots[real]
+        real = slots < min(global_batch_size, len(sources) - first)
+        sample_ids = np.where(real, first + slots, -1)
         kinds, numbers = sources[sample_ids[real]], ordinals[sample_ids[real]]
         ids = np.zeros((rows, builder.length + 1), dtype=store.dtype)
-        labels_in_row = np.zeros(rows, dtype=np.int64)
-        labels_in_row[real] = _fill(ids, real, streams, kinds, numbers, once=True)
-        source = np.full(rows, -1, dtype=np.int64)
-        source[real] = in_store[kinds]
-        batch = builder.batch(ids, sample_ids=sample_ids, labels_in_row=labels_in_row)
-        yield {**batch, "source": torch.from_numpy(source)}
+        labels = _fill(ids, real, streams, kinds, numbers, once=True)
+        read = Rows(ids=ids, sample_ids=sample_ids, labels_in_row=labels)
+        yield {**builder.batch(read), "source": _placed(in_store[kinds], real)}
+
+
+def _placed(values: NDArray[np.int64], real: NDArray[np.bool_]) -> Tensor:
+    """Values of the real rows, -1 in those that only fill, [batch]."""
+    placed = np.full(len(real), -1, dtype=np.int64)
+    placed[real] = values
+    return torch.from_numpy(placed)

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipeline.batch import make_batch
-from data_pipeline.builders import SampleBuilder, Setting
+from data_pipeline.batch import Rows
+from data_pipeline.builders import Causal, Setting
 from data_pipeline.corruption import MaskingConfig
 from data_pipeline.marks import Marks, marks
 from data_pipeline.mixture import random_bits
@@ -64,33 +64,16 @@ class Masking:
         return places[np.isin(words, names[order[:fitting]])]
 
 
-class Masked(SampleBuilder):
+class Masked(Causal):
     """Rows of documents, one after the other, some of whose tokens are covered."""
 
     def __init__(self, setting: Setting) -> None:
-        self._setting = setting
+        super().__init__(setting)
         self._masking = Masking(marks(setting.store), setting.masking, seed=setting.seed)
-        self.length = setting.sequence_length
 
-    def batch(
-        self,
-        ids: NDArray[np.unsignedinteger],
-        *,
-        sample_ids: NDArray[np.int64],
-        labels_in_row: NDArray[np.int64],
-        segment_lengths: NDArray[np.int64] | None = None,
-    ) -> dict[str, Tensor]:
-        setting = self._setting
-        batch = make_batch(
-            ids,
-            sample_ids=sample_ids,
-            labels_in_row=labels_in_row,
-            end_of_document=setting.store.end_of_document,
-            padding=setting.store.padding,
-            mask_documents=setting.mask_documents,
-            segment_lengths=segment_lengths,
-        )
-        return batch | cover_rows(self._masking, batch["tokens"].numpy(), sample_ids)
+    def batch(self, rows: Rows) -> dict[str, Tensor]:
+        batch = super().batch(rows)
+        return batch | cover_rows(self._masking, batch["tokens"].numpy(), rows.sample_ids)
 
 
 def cover_rows(masking: Masking, tokens: NDArray[np.int64], sample_ids: NDArray[np.int64]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_pipeline.batch import Rows
 from data_pipeline.builders import SampleBuilder, Setting
 from data_pipeline.marks import marks
 from data_pipeline.masking import Masking, cover_rows, shares
@@ -95,21 +96,16 @@ class Pairs(SampleBuilder):
     def stream(self, store: Store, source: str, *, split: str, seed: int | None) -> Samples:
         return PieceStream(store, source, split=split, sequence_length=self._setting.sequence_length, seed=seed)
 
-    def batch(
-        self,
-        ids: NDArray[np.unsignedinteger],
-        *,
-        sample_ids: NDArray[np.int64],
-        labels_in_row: NDArray[np.int64],
-        segment_lengths: NDArray[np.int64] | None = None,
-    ) -> dict[str, Tensor]:
-        rows, length = len(ids), self._setting.sequence_length
-        tokens = np.full((rows, length), self._setting.store.padding, dtype=np.int64)
-        segments = np.zeros((rows, length), dtype=np.int64)
-        document_ids = np.ones((rows, length), dtype=np.int32)
-        follows, counts = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=np.float32)
-        for row in np.flatnonzero(sample_ids >= 0).tolist():
-            first, second, follows[row] = self._pair(ids[row], int(labels_in_row[row]), int(sample_ids[row]))
+    def batch(self, rows: Rows) -> dict[str, Tensor]:
+        count, length = len(rows.ids), self._setting.sequence_length
+        tokens = np.full((count, length), self._setting.store.padding, dtype=np.int64)
+        segments = np.zeros((count, length), dtype=np.int64)
+        document_ids = np.ones((count, length), dtype=np.int32)
+        follows, counts = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.float32)
+        for row in np.flatnonzero(rows.sample_ids >= 0).tolist():
+            first, second, follows[row] = self._pair(
+                rows.ids[row], int(rows.labels_in_row[row]), int(rows.sample_ids[row])
+            )
             border, end = len(first) + 2, len(first) + len(second) + _MARKS
             tokens[row, :end] = [
                 self._marks.first, *first, self._marks.separator, *second, self._marks.separator
@@ -117,16 +113,16 @@ class Pairs(SampleBuilder):
             segments[row, border:end] = 1
             document_ids[row, :end] = 0
             counts[row] = 1
-        positions = np.tile(np.arange(length), (rows, 1))
+        positions = np.tile(np.arange(length), (count, 1))
         arrays = {
             "positions": positions,
             "document_ids": document_ids,
-            "sample_ids": sample_ids,
+            "sample_ids": rows.sample_ids,
             "segment_ids": segments,
             "next_sentence": follows,
             "next_sentence_weights": counts,
         }
-        return cover_rows(self._masking, tokens, sample_ids) | {
+        return cover_rows(self._masking, tokens, rows.sample_ids) | {
             name: torch.from_numpy(array) for name, array in arrays.items()
         }
 

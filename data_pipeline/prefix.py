@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_pipeline.batch import Rows
 from data_pipeline.builders import Causal
 from data_pipeline.masking import shares
 
@@ -21,18 +22,11 @@ from data_pipeline.masking import shares
 class Prefix(Causal):
     """Rows of documents, of each of which the beginning is given; `prefix` bool [batch, sequence] says where."""
 
-    def batch(
-        self,
-        ids: NDArray[np.unsignedinteger],
-        *,
-        sample_ids: NDArray[np.int64],
-        labels_in_row: NDArray[np.int64],
-        segment_lengths: NDArray[np.int64] | None = None,
-    ) -> dict[str, Tensor]:
-        batch = super().batch(ids, sample_ids=sample_ids, labels_in_row=labels_in_row, segment_lengths=segment_lengths)
+    def batch(self, rows: Rows) -> dict[str, Tensor]:
+        batch = super().batch(rows)
         given = np.zeros(batch["tokens"].shape, dtype=np.int64)  # tokens of each token's document that are read
-        for row in np.flatnonzero(sample_ids >= 0).tolist():
-            sample, real = int(sample_ids[row]), int(labels_in_row[row])
+        for row in np.flatnonzero(rows.sample_ids >= 0).tolist():
+            sample, real = int(rows.sample_ids[row]), int(rows.labels_in_row[row])
             given[row] = self._given(batch["document_ids"][row].numpy(), real, sample)
         places, known = batch["positions"], torch.from_numpy(given)
         return batch | {

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_pipeline.batch import Rows
 from data_pipeline.builders import SampleBuilder, Setting
 from data_pipeline.marks import marks
 from data_pipeline.masking import shares
@@ -35,24 +36,17 @@ class Spans(SampleBuilder):
         self.length = setting.spans.source_length(setting.sequence_length)
         self._targets = setting.spans.target_length(setting.sequence_length)
 
-    def batch(
-        self,
-        ids: NDArray[np.unsignedinteger],
-        *,
-        sample_ids: NDArray[np.int64],
-        labels_in_row: NDArray[np.int64],
-        segment_lengths: NDArray[np.int64] | None = None,
-    ) -> dict[str, Tensor]:
-        padding, rows = self._setting.store.padding, len(ids)
+    def batch(self, rows: Rows) -> dict[str, Tensor]:
+        padding, count = self._setting.store.padding, len(rows.ids)
         lengths = {"encoder_tokens": self._setting.sequence_length, "tokens": self._targets, "labels": self._targets}
-        tokens = {name: np.full((rows, length), padding, dtype=np.int64) for name, length in lengths.items()}
-        weights = np.zeros((rows, self._targets), dtype=np.float32)
-        places = np.tile(np.arange(self._targets), (rows, 1))
-        of_encoder = np.zeros((rows, self._setting.sequence_length), dtype=np.int32)
-        of_decoder = np.zeros((rows, self._targets), dtype=np.int32)
-        for row in np.flatnonzero(sample_ids >= 0).tolist():
-            parts = self._row(ids[row, 1 : 1 + labels_in_row[row]].astype(np.int64), int(sample_ids[row]))
-            read, told, first, second = parts
+        tokens = {name: np.full((count, length), padding, dtype=np.int64) for name, length in lengths.items()}
+        weights = np.zeros((count, self._targets), dtype=np.float32)
+        places = np.tile(np.arange(self._targets), (count, 1))
+        of_encoder = np.zeros((count, self._setting.sequence_length), dtype=np.int32)
+        of_decoder = np.zeros((count, self._targets), dtype=np.int32)
+        for row in np.flatnonzero(rows.sample_ids >= 0).tolist():
+            text = rows.ids[row, 1 : 1 + rows.labels_in_row[row]].astype(np.int64)
+            read, told, first, second = self._row(text, int(rows.sample_ids[row]))
             tokens["encoder_tokens"][row, : len(read)] = read
             tokens["labels"][row, : len(told)] = told
             begins = np.diff(second, prepend=-1) != 0
@@ -71,7 +65,7 @@ class Spans(SampleBuilder):
             "positions": places,
             "document_ids": of_decoder,
             "encoder_document_ids": of_encoder,
-            "sample_ids": sample_ids,
+            "sample_ids": rows.sample_ids,
         }
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 

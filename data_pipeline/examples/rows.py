@@ -15,6 +15,7 @@ left out: half of an answer teaches to stop in the middle.
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_pipeline.batch import Rows
 from data_pipeline.builders import SampleBuilder, Setting
 from data_pipeline.examples.kinds import BEGIN, BORDER, END, Facts, Kind, facts_of
 from data_pipeline.marks import marks
@@ -126,22 +128,16 @@ class Examples(SampleBuilder):
         """What an example becomes, at most one token longer than it with its end."""
         raise NotImplementedError
 
-    def batch(
-        self,
-        ids: NDArray[np.unsignedinteger],
-        *,
-        sample_ids: NDArray[np.int64],
-        labels_in_row: NDArray[np.int64],
-        segment_lengths: NDArray[np.int64] | None = None,
-    ) -> dict[str, Tensor]:
-        rows = [
-            [self.part(example) for example in self.examples(row[:count].astype(np.int64))]
-            for row, count in zip(ids, labels_in_row.tolist(), strict=True)
-        ]
-        return laid_out(rows, self.length, self.padding) | {"sample_ids": torch.from_numpy(sample_ids)}
+    def batch(self, rows: Rows) -> dict[str, Tensor]:
+        parts = [[self.part(example) for example in row] for row in self.examples(rows)]
+        return laid_out(parts, self.length, self.padding) | {"sample_ids": torch.from_numpy(rows.sample_ids)}
 
-    def examples(self, row: Ids) -> list[Example]:
-        """The examples of a row as it stands in `ExampleStream`."""
+    def examples(self, rows: Rows) -> Iterator[list[Example]]:
+        """The examples of each row as it stands in `ExampleStream`."""
+        for row, count in zip(rows.ids, rows.labels_in_row.tolist(), strict=True):
+            yield self._examples(row[:count].astype(np.int64))
+
+    def _examples(self, row: Ids) -> list[Example]:
         borders = np.flatnonzero(row == self._border)
         return [self._example(document[document != self._border]) for document in np.split(row, borders + 1)[:-1]]
 
@@ -198,20 +194,19 @@ class Targets(Examples):
             weights=np.ones(len(told) + 1, dtype=np.bool_),
         )
 
-    def batch(self, ids: NDArray[np.unsignedinteger], **options: NDArray[np.int64]) -> dict[str, Tensor]:  # type: ignore[override]
-        batch = super().batch(ids, **options)
-        rows = []
-        for row, count in zip(ids, options["labels_in_row"].tolist(), strict=True):
-            read = [
-                np.append(example.tokens[~example.learnt], self.end)
-                for example in self.examples(row[:count].astype(np.int64))
-            ]
-            rows.append([Part(tokens=each, labels=each, weights=np.zeros(len(each), dtype=np.bool_)) for each in read])
-        encoder = laid_out(rows, self.length, self.padding)
-        return batch | {
+    def batch(self, rows: Rows) -> dict[str, Tensor]:
+        encoder = laid_out(
+            [[self._read(example) for example in row] for row in self.examples(rows)], self.length, self.padding
+        )
+        return super().batch(rows) | {
             "encoder_tokens": encoder["tokens"],
             "encoder_document_ids": encoder["document_ids"],
         }
+
+    def _read(self, example: Example) -> Part:
+        """What the encoder reads: what is not to be told, and an end."""
+        read = np.append(example.tokens[~example.learnt], self.end)
+        return Part(tokens=read, labels=read, weights=np.zeros(len(read), dtype=np.bool_))
 
 
 class Classes(Examples):
