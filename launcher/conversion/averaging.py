@@ -16,7 +16,7 @@ from torch import Tensor
 from launcher import config as configuration
 from launcher.conversion.export import WEIGHT
 from launcher.conversion.memory import return_large_blocks
-from launcher.conversion.step import write_weights
+from launcher.conversion.step import write_step
 from launcher.outcome import Outcome
 from launcher.run_directory import RunDirectory
 from launcher.runtime import in_ranks
@@ -45,11 +45,13 @@ def _averaged(job: AverageJob, ranks: Ranks) -> Outcome:
     shutil.rmtree(beside, ignore_errors=True)
     try:
         run = RunDirectory(beside)
-        write_weights(
+        write_step(
             run.checkpoints,
             last.manifest.step,
             shapes,
             lambda name: _mean(name, stored),
+            participants={"model": sorted(shapes)},
+            states={},
             config=config,
             layout={"averaged": [str(path) for path in paths]},
             attempt=ranks.attempt,

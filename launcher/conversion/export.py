@@ -187,6 +187,8 @@ def _write_descriptions(directory: Path, job: ExportJob, config: RunConfig, mode
     """config.json, generation_config.json, and the tokenizer's files where the run has one."""
     ids: dict[str, Any] = {}
     tokenizer = tokenizer_of(job.checkpoint, config)
+    if tokenizer is None:
+        logger.warning("no tokenizer found in %s: the export has none", config.data.store)
     if tokenizer is not None:
         ids = {
             "bos_token_id": tokenizer.end_of_document,
@@ -209,8 +211,19 @@ def tokenizer_of(checkpoint: Checkpoint, config: RunConfig) -> Tokenizer | None:
     for place in (Path(config.data.store) / "tokenizer.json", checkpoint.run.path / "tokenizer.json"):
         if place.is_file():
             return Tokenizer.load(place)
-    logger.warning("no tokenizer found in %s: the export has none", config.data.store)
     return None
+
+
+def needed_tokenizer(checkpoint: Checkpoint, config: RunConfig) -> Tokenizer:
+    """The same.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = tokenizer_of(checkpoint, config)
+    if found is None:
+        raise UserError(f"{checkpoint.path} has no tokenizer: expected one in {config.data.store} or in its run.")
+    return found
 
 
 def _tokenizer_config(tokenizer: Tokenizer, config: RunConfig) -> dict[str, Any]:

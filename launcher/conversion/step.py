@@ -17,40 +17,6 @@ from parallel.checkpoint.stream import write_tensors
 from parallel.common.files import hash_file, write_json
 
 
-def write_weights(
-    checkpoints: Path,
-    step: int,
-    shapes: Mapping[str, Tensor],
-    make: Callable[[str], Tensor],
-    *,
-    config: RunConfig,
-    layout: Mapping[str, Any],
-    attempt: str,
-) -> None:
-    """Writes the directory of `step` below `checkpoints`, its manifest last.
-
-    Args:
-        checkpoints: of a run that is being made.
-        step: optimizer steps done.
-        shapes: by `weight.NAME`, tensors on the meta device: shape and dtype.
-        make: the tensor of a name, contiguous; called once for each.
-        config: of the run that the weights are of.
-        layout: a record of where they come from.
-        attempt: token of whoever writes.
-    """
-    write_step(
-        checkpoints,
-        step,
-        shapes,
-        make,
-        participants={"model": sorted(shapes)},
-        states={},
-        config=config,
-        layout=layout,
-        attempt=attempt,
-    )
-
-
 def write_step(
     checkpoints: Path,
     step: int,
@@ -63,7 +29,7 @@ def write_step(
     layout: Mapping[str, Any],
     attempt: str,
 ) -> None:
-    """As `write_weights`, of any tensors.
+    """Writes the directory of `step` below `checkpoints`, its manifest last.
 
     Args:
         checkpoints: of a run that is being made.

@@ -15,7 +15,7 @@ from data_pipeline.marks import of_tokenizer
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import Tokenizer
 from launcher.config import RunConfig
-from launcher.conversion.export import tokenizer_of
+from launcher.conversion.export import needed_tokenizer
 from launcher.evaluation.baselines import bits_per_byte
 from launcher.evaluation.metrics import classified, written
 from launcher.evaluation.scoring import Row, Scorer, windows
@@ -39,10 +39,7 @@ class Asked:
         self.config = config
         self.rank = rank
         self.architecture = families.family(config.model).architecture
-        found = tokenizer_of(checkpoint, config)
-        if found is None:
-            raise UserError(f"{checkpoint.path} has no tokenizer: expected one in {config.data.store} or in its run.")
-        self.tokenizer: Tokenizer = found
+        self.tokenizer: Tokenizer = needed_tokenizer(checkpoint, config)
 
     @cached_property
     def scorer(self) -> Scorer:

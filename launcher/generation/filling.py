@@ -6,7 +6,7 @@ import torch
 
 from data_pipeline.marks import of_tokenizer
 from data_pipeline.tokenizer import Tokenizer
-from launcher.conversion.export import tokenizer_of
+from launcher.conversion.export import needed_tokenizer
 from launcher.conversion.in_memory import in_memory, needs_transformers
 from launcher.generation.writer import MASK
 from launcher.places import Checkpoint
@@ -27,13 +27,10 @@ class Filler:
         """
         needs_transformers("filling gaps")
         config = checkpoint.config()
-        found = tokenizer_of(checkpoint, config)
-        if found is None:
-            raise UserError(f"{checkpoint.path} has no tokenizer: expected one in {config.data.store} or in its run.")
-        self.tokenizer: Tokenizer = found
+        self.tokenizer: Tokenizer = needed_tokenizer(checkpoint, config)
         self.model: Any = in_memory(checkpoint)
         self.window = config.model.positions or config.train.sequence_length
-        known, end = of_tokenizer(found), found.end_of_document
+        known, end = of_tokenizer(self.tokenizer), self.tokenizer.end_of_document
         pairs = families.objective(config.model, config.train.objective) == ObjectiveName.masked_lm_next_sentence
         self.mask = known.mask
         self.around = (known.first, known.separator) if pairs else (end, end)

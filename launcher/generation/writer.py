@@ -19,7 +19,7 @@ from data_pipeline.examples.kinds import CHAT_TEMPLATE, Facts, Kind
 from data_pipeline.marks import of_tokenizer
 from data_pipeline.tokenizer import Tokenizer
 from launcher.conversion.check import transformers
-from launcher.conversion.export import tokenizer_of
+from launcher.conversion.export import needed_tokenizer
 from launcher.conversion.in_memory import in_memory, needs_transformers
 from launcher.generation.options import Options
 from launcher.places import Checkpoint
@@ -40,10 +40,7 @@ class Writer:
         """
         needs_transformers("generating")
         config = checkpoint.config()
-        found = tokenizer_of(checkpoint, config)
-        if found is None:
-            raise UserError(f"{checkpoint.path} has no tokenizer: expected one in {config.data.store} or in its run.")
-        self.tokenizer: Tokenizer = found
+        self.tokenizer: Tokenizer = needed_tokenizer(checkpoint, config)
         self.model: Any = in_memory(checkpoint)
         self.two_stacks = families.family(config.model).architecture is families.Architecture.encoder_decoder
         self.window = config.model.positions or config.train.sequence_length
