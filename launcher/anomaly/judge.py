@@ -161,7 +161,8 @@ class Judge(Dispensable):
             self._pending = RollBack(cause)
         else:
             does = "the step is taken" if policy is Policy.tell else "its update is not made"
-            logger.warning("%s: %s (anomaly.%s=%s)", cause, does, kind, policy.value)
+            # Not a warning, which each rank would show: all have decided alike, and rank 0 says so.
+            logger.info("%s: %s (anomaly.%s=%s)", cause, does, kind, policy.value)
 
 
 def _limit(window: Iterable[float], deviations: float) -> float:
