@@ -46,6 +46,7 @@ from model.build import build
 from parallel.checkpoint.agreement import exchange
 from parallel.checkpoint.checkpoints import Checkpoints
 from parallel.checkpoint.fence import Fence
+from parallel.checkpoint.patience import Patience
 from parallel.checkpoint.retention import Retention
 from parallel.common.lines import JsonLines
 from parallel.common.stateful import Stateful
@@ -105,7 +106,8 @@ def assemble(
     loader = _loader(config, store, topology)
     progress = Progress(total_steps=steps, batch_sizes=batch_sizes(config), sequence_length=train.sequence_length)
     fence = Fence(attempt=attempt, holder=partial(Lock.attempt, directory.lock))
-    checkpoints = _checkpoints(config, directory, topology, fence)
+    patience = Patience(config.checkpoint.failures, lambda why: event("not_saved", step=progress.step, why=why))
+    checkpoints = _checkpoints(config, directory, topology, fence, patience)
     display = make_display(topology.rank)
     saving = Saving(config.checkpoint, total_steps=steps, rank=topology.rank)
     hosts = exchange(node_name())
@@ -136,7 +138,9 @@ def assemble(
     )
 
 
-def _checkpoints(config: RunConfig, directory: RunDirectory, topology: Topology, fence: Fence) -> Checkpoints:
+def _checkpoints(
+    config: RunConfig, directory: RunDirectory, topology: Topology, fence: Fence, patience: Patience
+) -> Checkpoints:
     """What this attempt saves, which nothing but it may write."""
     return Checkpoints(
         directory.checkpoints,
@@ -147,6 +151,7 @@ def _checkpoints(config: RunConfig, directory: RunDirectory, topology: Topology,
         group=_hosts(),
         asynchronous=config.checkpoint.asynchronous,
         mirror=config.checkpoint.mirror,
+        patience=patience,
     )
 
 

@@ -70,7 +70,7 @@ def take_steps(parts: Parts, records: Records) -> None:
             parts.meter.timed("save", save, parts, result, records)
         if stop:
             break
-    parts.checkpoints.wait(mirror=parts.progress.done)
+    parts.checkpoints.finish(mirror=parts.progress.done)
 
 
 def save(parts: Parts, result: StepResult, records: Records) -> None:

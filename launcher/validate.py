@@ -51,7 +51,8 @@ _NOT_NEGATIVE = (
     "run.seed", "train.z_loss", "model.moe.experts", "model.moe.first_layer", "model.moe.load_balance_loss",
     "model.moe.z_loss", "model.moe.bias_loss", "model.classes.number",
     "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.schedule.warmup_steps",
-    "optimizer.schedule.min_learning_rate", "checkpoint.keep_best", "anomaly.tries",
+    "optimizer.schedule.min_learning_rate", "checkpoint.keep_best", "checkpoint.failures",
+    "anomaly.tries",
 )  # fmt: skip
 
 

@@ -220,3 +220,6 @@ class CheckpointConfig:
     configuration, `code`, `versions`."""
     asynchronous: bool = False
     """Copy to the host's memory, go on training, and write from there: needs as much memory as a rank writes."""
+    failures: int = 0
+    """How many saves in a row may fail, for want of room or of a file server, while training goes on; the next one ends
+    the run, and so does the last save if it fails."""

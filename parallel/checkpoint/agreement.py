@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from parallel.common.errors import ConfigError, UserError
+from parallel.common.errors import ConfigError, SystemFailure, UserError
 
 
 def exchange[Value](value: Value, group: ProcessGroup | None = None) -> list[Value]:
@@ -30,7 +30,8 @@ def agreed(doing: str, group: ProcessGroup | None = None) -> Iterator[None]:
         group: all ranks; by default torch's own group of them.
 
     Raises:
-        UserError: on all ranks, where a rank met a `UserError` (of the same class) or an error of the operating system.
+        UserError: on all ranks, where a rank met a `UserError` (of the same class) or an error of the operating system
+            (`SystemFailure`).
         RuntimeError: on the other ranks, where a rank met anything else; that rank raises the error itself.
     """
     error: Exception | None = None
@@ -58,5 +59,5 @@ def as_user_error(error: Exception, doing: str) -> Exception:
     """An error of the operating system (full disk, no permission) as one plain sentence; any other as it is."""
     if isinstance(error, OSError) and error.strerror:
         place = f" ({error.filename})" if error.filename else ""
-        return UserError(f"cannot {doing}: {error.strerror}{place}")
+        return SystemFailure(f"cannot {doing}: {error.strerror}{place}")
     return error

@@ -27,6 +27,7 @@ from parallel.checkpoint.fence import Fence
 from parallel.checkpoint.load import load
 from parallel.checkpoint.manifest import DamagedCheckpoint, Manifest, step_directories
 from parallel.checkpoint.mirror import Mirror
+from parallel.checkpoint.patience import Patience
 from parallel.checkpoint.retention import Retention, prune
 from parallel.checkpoint.save import Content, StepWriter, put_aside
 from parallel.common.stateful import Stateful
@@ -53,6 +54,7 @@ class Checkpoints:
         asynchronous: whether a thread copies everything to the host's memory and writes it, while `save` has returned;
             then `copied` must be called before tensors of the participants change.
         mirror: path or URL where rank 0 copies committed checkpoints to.
+        patience: which saves may fail; by default none.
     """
 
     def __init__(
@@ -66,12 +68,14 @@ class Checkpoints:
         group: ProcessGroup | None = None,
         asynchronous: bool = False,
         mirror: str | None = None,
+        patience: Patience | None = None,
     ) -> None:
         assert re.fullmatch(r"[A-Za-z0-9._-]+", fence.attempt), fence.attempt
         self.root = root
         self._retention = retention
         self._group = group
         self._background = Background()
+        self._patience = patience or Patience()
         self._copy = HostCopy() if asynchronous else None
         self._mirror = Mirror(root, mirror) if mirror is not None and dist.get_rank() == 0 else None
         self._writer = StepWriter(root=root, fence=fence, layout=layout, config=config, group=group)
@@ -96,17 +100,18 @@ class Checkpoints:
             committed: told of the commit.
 
         Raises:
-            UserError: on all ranks; see `parallel.checkpoint.save`.
+            UserError: on all ranks; see `parallel.checkpoint.save`. Not if `patience` passes over it.
         """
         self.wait()
         started = time.perf_counter()
         content = Content.of(step, participants, metrics or {})
-        self._writer.prepare(step)
-        if self._copy is None:
-            self._write(content, started, committed)
-        else:
-            self._copy.begin()
-            self._background.start(partial(self._write, content, started, committed))
+        with self._patience.passing_over():
+            self._writer.prepare(step)
+            if self._copy is None:
+                self._write(content, started, committed)
+            else:
+                self._copy.begin()
+                self._background.start(partial(self._write, content, started, committed))
 
     def copied(self) -> None:
         """Returns when the tensors of the participants may change: a save in the background has copied them.
@@ -123,6 +128,7 @@ class Checkpoints:
                 if committed is not None:
                     committed(checkpoint=path.name, seconds=time.perf_counter() - started)
                 self._clear_away(path)
+        self._patience.saved()
 
     def _clear_away(self, committed: Path) -> None:
         """Copies and removes what is to be copied and removed after a commit; on rank 0."""
@@ -141,24 +147,39 @@ class Checkpoints:
         """Learns whether that is so on some rank.
 
         Raises:
-            UserError: on all ranks, if it is; what went wrong.
+            UserError: on all ranks, if it is; what went wrong. Not if `patience` passes over it.
         """
-        if anywhere:
-            self.wait()
+        if anywhere and self._ended_well():
             raise RuntimeError("the save in the background failed on another rank")
 
-    def wait(self, *, mirror: bool = False) -> None:
+    def wait(self) -> None:
         """Returns when nothing is being written any more; every rank calls this.
+
+        Raises:
+            UserError: on all ranks; what went wrong in the background. Not if `patience` passes over it.
+        """
+        self._ended_well()
+
+    def finish(self, *, mirror: bool) -> None:
+        """Returns when nothing is being written any more and the last save went well; every rank calls this.
 
         Args:
             mirror: whether to wait for the copies, too, for some minutes at most.
 
         Raises:
-            UserError: on all ranks; what went wrong in the background.
+            UserError: on all ranks; why the last save failed.
         """
-        self._background.wait()
+        self.wait()
+        self._patience.end()
         if mirror and self._mirror is not None:
             self._mirror.wait(_MIRROR_SECONDS)
+
+    def _ended_well(self) -> bool:
+        """Waits for the write in the background; False where it failed and was passed over."""
+        with self._patience.passing_over():
+            self._background.wait()
+            return True
+        return False
 
     def close(self) -> None:
         """Lets a write in the background end, whatever else went wrong; its error is only logged."""

@@ -13,6 +13,10 @@ class UserError(Exception):
     """Something that the user can put right: a missing file, an empty corpus, a full disk."""
 
 
+class SystemFailure(UserError):
+    """The operating system refused: a full disk, a file server that is away. Later it may not."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
     """One thing that is wrong in a configuration."""

@@ -152,6 +152,32 @@ def test_a_full_disk(small_disk: Path, store: Path, undisturbed: list[dict[str, 
 
 
 @pytest.mark.fault(
+    number=16,
+    fault="the disk is full for a while, and `checkpoint.failures` lets saves fail meanwhile",
+    holds="training goes on without those checkpoints and says so; the later ones stand, the same bits",
+    back_after="nothing stops",
+)
+def test_a_disk_that_is_full_for_a_while(small_disk: Path, store: Path, undisturbed: list[dict[str, Any]]) -> None:
+    config = configuration(small_disk, store, checkpoint={"every_steps": 4, "keep": 8, "failures": 2})
+    started = start("train", config, ranks=2, faults={0: "train.step:sleep=0.3"})
+    wait_for_step(started, small_disk, 5)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - (256 << 10)))
+    directory = RunDirectory(small_disk / "run")
+    until = time.monotonic() + 120
+    while not (missed := [event for event in directory.events if event["event"] == "not_saved"]):
+        assert time.monotonic() < until, started.said()
+        time.sleep(0.05)
+    filler.unlink()
+    assert started.wait() == [0, 0], started.said()
+    assert [event["step"] for event in missed] == [8]
+    assert "No space left on device" in missed[0]["why"]
+    assert "training goes on and the next save tries again (1 of checkpoint.failures=2)" in started.said()
+    assert list(whole_steps(directory.checkpoints)) == [4, 12]
+    assert records(small_disk) == undisturbed
+
+
+@pytest.mark.fault(
     number=17,
     fault="writing fails (EIO, no space, no permission, a stale handle) in a shard or around the manifest, at once or "
     "in the background",

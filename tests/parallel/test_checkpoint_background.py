@@ -14,8 +14,9 @@ from parallel.checkpoint.background import HostCopy
 from parallel.checkpoint.checkpoints import Checkpoints
 from parallel.checkpoint.fence import Fence
 from parallel.checkpoint.manifest import whole_steps
+from parallel.checkpoint.patience import Patience
 from parallel.checkpoint.retention import Retention
-from parallel.common.errors import UserError
+from parallel.common.errors import SystemFailure, UserError
 from tests.parallel.checkpoint_world import Counter, Weights, load, save
 
 pytestmark = pytest.mark.distributed
@@ -29,7 +30,7 @@ def _state(step: int) -> dict[str, Any]:
     }
 
 
-def _checkpoints(root: Path, holder: Callable[[], str]) -> Checkpoints:
+def _checkpoints(root: Path, holder: Callable[[], str], *, failures: int = 0) -> Checkpoints:
     return Checkpoints(
         root,
         retention=Retention(newest=9),
@@ -38,6 +39,7 @@ def _checkpoints(root: Path, holder: Callable[[], str]) -> Checkpoints:
         config={},
         group=cast(dist.ProcessGroup, dist.new_group(backend="gloo")),
         asynchronous=True,
+        patience=Patience(failures),
     )
 
 
@@ -139,6 +141,37 @@ def test_an_error_in_the_background_is_raised_by_whatever_comes_next(
     told = f"cannot save the checkpoint {tmp_path}/step-00000001: No space left on device ({tmp_path})"
     assert run_world(work, 2) == [told, told]
     assert list(tmp_path.iterdir()) == [], "nothing half-written stays"
+
+
+def test_saves_may_fail_for_a_while(tmp_path: Path) -> None:
+    def work() -> list[str]:
+        full = iter((True, False, True, True, True))
+
+        def holder() -> str:
+            if threading.current_thread() is not threading.main_thread() and next(full):
+                raise OSError(28, "No space left on device", str(tmp_path))
+            return "a"
+
+        checkpoints = _checkpoints(tmp_path, holder, failures=2)
+        for step in (1, 2, 3, 4):
+            checkpoints.save(step, _state(step))
+        caught = []
+        for told in (
+            lambda: checkpoints.finish(mirror=False),
+            lambda: checkpoints.save(5, _state(5)),
+            checkpoints.wait,
+        ):
+            try:
+                told()
+            except SystemFailure as error:
+                caught.append(str(error))
+        return caught
+
+    told = [f"cannot save the checkpoint {tmp_path}/step-0000000{step}: No space left on device" for step in (4, 5)]
+    for said in run_world(work, 2):
+        assert [each.removesuffix(f" ({tmp_path})") for each in said] == told
+    assert list(whole_steps(tmp_path)) == [2]
+    assert run_world(lambda: load(tmp_path, path=tmp_path / "step-00000002"), 1) == [2]
 
 
 def test_closing_lets_a_save_end_and_hides_no_other_error(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_run_mirrors_what_it_saves_and_keeps_what_it_keeps(tmp_path: Path, asy
         for step in (1, 2, 3):
             state = {"weights": Weights("rows", seed=step), "moments": Weights("rows", "moments", seed=-step)}
             checkpoints.save(step, {**state, "progress": Counter(step / 10)})
-            checkpoints.wait(mirror=True)
+            checkpoints.finish(mirror=True)
 
     run_world(work, 1)
     assert list(whole_steps(tmp_path / "here")) == [3]
