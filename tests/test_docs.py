@@ -4,6 +4,7 @@ The pages are read as text; `make docs-test` (tests/accept_docs.py) runs their c
 """
 
 import re
+import shlex
 import textwrap
 from collections.abc import Iterator
 from functools import cache
@@ -15,7 +16,7 @@ import yaml
 
 from launcher import cli, reference
 from tests.accept_docs import idle_rows, shown
-from tests.documented.commands import PAGES, ROOT, TRANSLATIONS, commands
+from tests.documented.commands import PAGES, ROOT, TRANSLATIONS, Command, commands
 from tests.documented.examples import examples, verbs
 
 _SECTIONS = {key.split(".")[0] for key in reference.all_keys() if "." in key}
@@ -28,6 +29,10 @@ _COMMAND = re.compile(r"(?:^ *|`|\$ |&& )(?:bloomery|\S*python\S* (?:-P )?-m lau
 
 def _each(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
+
+
+def _where(command: Command) -> str:
+    return f"{command.page}:{command.line}"
 
 
 @pytest.mark.parametrize("page", [*PAGES, *TRANSLATIONS], ids=_each)
@@ -150,6 +155,19 @@ def test_help_of_every_verb_and_word_has_an_example_of_it() -> None:
 def test_a_translation_shows_the_same_commands(page: Path) -> None:
     original = page.with_name(page.name.replace(".zh", ""))
     assert [each.text for each in commands(page)] == [each.text for each in commands(original)]
+
+
+@pytest.mark.parametrize("command", [each for page in PAGES for each in commands(page) if each.printed], ids=_where)
+def test_what_arithmetic_prints_is_what_the_page_shows(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(command.text)
+    if words[:2] != ["bloomery", "plan"]:
+        pytest.skip("no arithmetic alone: `make docs-test` runs it")
+    with pytest.MonkeyPatch.context() as here:
+        here.chdir(ROOT)
+        here.setenv("COLUMNS", "200")
+        assert cli.main(words[1:]) == 0
+    printed = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert not [line for line in command.printed if " ".join(line.split()) not in printed]
 
 
 def test_the_reference_is_what_the_code_says() -> None:
