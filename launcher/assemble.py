@@ -112,8 +112,17 @@ def assemble(
     saving = Saving(config.checkpoint, total_steps=steps, rank=topology.rank)
     hosts = exchange(node_name())
     several = _hosts() if topology.world_size > 1 else None
-    judge = Judge(config.anomaly, progress=progress, group=several, event=event)
-    engine.pulse, engine.accepts, engine.before_update = pulse, judge.accepts, checkpoints.copied
+    logging = Every(train.log_every_steps, config.evaluate.every_steps, besides=(1, steps))
+    judge = Judge(
+        config.anomaly,
+        progress=progress,
+        position=lambda: loader.position,
+        several=several is not None,
+        due=logging.due,
+        refused=engine.updater.loss_scale.refused,
+        event=event,
+    )
+    engine.pulse, engine.refuses, engine.before_update = pulse, judge.refuses, checkpoints.copied
     watching = {"progress": progress, "hosts": hosts, "event": event}
     preempt.join(several, [saving, checkpoints, judge, *_watchers(config, engine, several, **watching)], pulse=pulse)
     return Parts(
@@ -127,11 +136,11 @@ def assemble(
         preempt=preempt,
         judge=judge,
         validation=_validation(config, store, topology, directory, event),
-        logging=Every(train.log_every_steps, config.evaluate.every_steps, besides=(1, steps)),
+        logging=logging,
         saving=saving,
         checkpoints=checkpoints,
         participants={**engine.participants(), "loader": loader, "progress": progress, "judge": judge},
-        meter=_meter(config, rows, topology, pulse, loader),
+        meter=_meter(config, rows, engine, pulse, loader),
         profile=_profile(config, directory, topology),
         display=display,
         tracker=_tracker(config, directory, fence, display, rank=topology.rank, sinks=sinks),
@@ -162,16 +171,17 @@ def _check_patterns(config: RunConfig, engine: Engine) -> None:
         check_patterns(sorted({name for each in names for name in each}), config.optimizer)
 
 
-def _meter(config: RunConfig, rows: int, topology: Topology, pulse: Pulse, loader: Loader) -> Meter:
+def _meter(config: RunConfig, rows: int, engine: Engine, pulse: Pulse, loader: Loader) -> Meter:
     return Meter(
         model=config.model,
         vocabulary_size=rows,
         sequence_length=config.train.sequence_length,
         decoder_length=travelling_length(config) - config.train.sequence_length,
-        topology=topology,
-        peak_flops=_peak_flops(config, topology),
+        topology=engine.topology,
+        peak_flops=_peak_flops(config, engine.topology),
         pulse=pulse,
         ledger=lambda: loader.ledger,
+        skipped=lambda: engine.updater.loss_scale.steps_not_taken,
     )
 
 

@@ -46,8 +46,10 @@ class Meter:
         peak_flops: float | None,
         pulse: Callable[[str], None],
         ledger: Callable[[], dict[str, int]],
+        skipped: Callable[[], int],
     ) -> None:
-        """`peak_flops` is one device's, None where nobody knows it; `ledger` gives the tokens of each source so far."""
+        """`peak_flops` is one device's, None where nobody knows it; `ledger` gives the tokens of each source so far,
+        `skipped` the steps that changed no weight."""
         flops = {
             name: flops_per_token(model, vocabulary_size, sequence_length, causal=causal, decoder_length=decoder_length)
             for name, causal in (("mfu_causal", True), ("mfu_full", False))
@@ -58,10 +60,11 @@ class Meter:
         self._topology = topology
         self._pulse = pulse
         self._ledger = ledger
+        self._skipped = skipped
         self._seconds: dict[str, float] = defaultdict(float)
         self._started = time.perf_counter()
         self._tokens = 0
-        self._skipped_steps = 0
+        self._skipped_steps = skipped()
 
     def begin(self, progress: Progress) -> None:
         """The clock starts; what came before (a resumed run's tokens, building) does not count."""
@@ -77,10 +80,9 @@ class Meter:
             self._seconds[phase] += time.perf_counter() - started
 
     def add(self, result: StepResult) -> None:
-        """Adds the phases that the engine measured in a step, and whether it was skipped."""
+        """Adds the phases that the engine measured in a step."""
         for phase, value in result.seconds.items():
             self._seconds[phase] += value
-        self._skipped_steps += result.skipped
 
     def summarise(self, progress: Progress, batch: Mapping[str, Tensor], result: StepResult) -> dict[str, Any]:
         """The record of a logged step, for `metrics.jsonl`; times and skipped steps since the record before."""
@@ -95,7 +97,7 @@ class Meter:
             "tokens_by_source": self._ledger(),
             "learning_rate": result.learning_rate,
             "grad_norm": grad_norm,
-            "skipped_steps": self._skipped_steps,
+            "skipped_steps": self._skipped() - self._skipped_steps,
             **nested(values(result.metrics)),
             **nested(means(result.reported)),
             "tokens_per_second": rate,
@@ -111,7 +113,7 @@ class Meter:
 
     def _window(self, progress: Progress) -> None:
         self._seconds.clear()
-        self._skipped_steps = 0
+        self._skipped_steps = self._skipped()
         self._started = time.perf_counter()
         self._tokens = progress.tokens
 

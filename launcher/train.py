@@ -74,7 +74,8 @@ def take_steps(parts: Parts, records: Records) -> None:
 
 
 def save(parts: Parts, result: StepResult, records: Records) -> None:
-    """Writes a checkpoint of this step; a step that went wrong never comes here."""
+    """Writes a checkpoint of this step, once it is judged: one that went wrong is not saved."""
+    parts.judge.settle()
     step = parts.progress.step
     loss, _ = finite(result)
     parts.checkpoints.save(

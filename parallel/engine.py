@@ -30,7 +30,7 @@ from parallel.optimizer import PlainUpdater
 from parallel.parameters import local_parameters
 from parallel.schedules import Schedule
 from parallel.topology import Topology, add_up
-from parallel.updater import Kind, Updater
+from parallel.updater import Kind, Updater, never
 from parallel.whole import WholeUpdater
 from parallel.zero import ZeroUpdater
 
@@ -62,8 +62,9 @@ class StepResult:
     grad_norm: Tensor
     """[] before clipping; zero in an evaluation."""
     learning_rate: float
-    skipped: bool = False
-    """Whether no weight changed: fp16 gradients overflowed (the next step has a smaller scale), or it was refused."""
+    refused: Tensor
+    """[] 1 where no weight changed, because fp16 gradients overflowed (the next step has a smaller scale) or the update
+    was refused; else 0."""
     seconds: Mapping[str, float]
     """Host seconds by phase: `forward_backward`, `communication`, `optimizer`, and `save`, before the update."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
@@ -136,8 +137,9 @@ class Engine:
         self.schedule = schedule
         self.pulse: Callable[[str], None] = lambda _phase: None
         """Told which phase of a step begins: forward_backward, collective, save, optimizer."""
-        self.accepts: Callable[[Tensor, Tensor], bool] = lambda _loss, _norm: True
-        """Asked before each update, with the step's loss and gradient norm; says no on all ranks or on none."""
+        self.refuses: Callable[[Tensor, Tensor], Tensor] = lambda _loss, norm: never(norm)
+        """Asked before each update, with the step's loss and gradient norm; says yes on all ranks or on none, [] 1 or 0
+        on the device. Whoever says yes calls `refused` once it knows itself."""
         self.before_update: Callable[[], None] = lambda: None
         """Returns when weights and moments may change."""
         self._objective = objective
@@ -179,15 +181,12 @@ class Engine:
         self.pulse("optimizer")
         started = time.perf_counter()
         rate = self.schedule.learning_rate(self.schedule.steps_taken + 1)
-        norm = self.updater.step(rate, partial(self.accepts, accumulated.loss))
+        norm, refused = self.updater.step(rate, partial(self.refuses, accumulated.loss))
         self.schedule.steps_taken += 1
         if self.average is not None:
             self.average.update(self.schedule.steps_taken)
         seconds = {**accumulated.seconds, "save": started - ran, "optimizer": time.perf_counter() - started}
-        skipped = self.updater.loss_scale.skipped
-        if skipped:
-            self.updater.follow()  # what spoilt the step may have been one rank's copy of a weight
-        return replace(accumulated, grad_norm=norm, learning_rate=rate, skipped=skipped, seconds=seconds)
+        return replace(accumulated, grad_norm=norm, refused=refused, learning_rate=rate, seconds=seconds)
 
     def accumulate(self, batch: Batch) -> StepResult:
         """All of a step but its update: afterwards `updater.gradient` answers. Norm and learning rate are zero."""
@@ -267,6 +266,8 @@ class Engine:
     def _run(self, batch: Batch, weight_sums: Batch, *, forward_only: bool) -> Tensor:
         """All micro-batches through the schedule; the sum of the losses, then the pairs of sums that the objective
         reports, [1 + 2 x reports] (zero but on the last stage)."""
+        if self.topology.device.type == "cuda":  # from other memory a copy waits for all that the device has to do
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         micro_batches = [
             {**dict(zip(batch, rows, strict=True)), "loss_factor": self._gradient_factor, **weight_sums}
             for rows in zip(*(tensor.split(self._micro_batch_size) for tensor in batch.values()), strict=True)
@@ -315,6 +316,7 @@ class Engine:
             loss=loss,
             weight=weight,
             grad_norm=torch.zeros_like(loss),
+            refused=never(loss),
             learning_rate=0.0,
             seconds={},
             reported=reported,

@@ -9,6 +9,7 @@ is reported like any other whose gradients are not finite, which ends the run.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _FIRST, _SMALLEST, _LARGEST = 2.0**16, 1.0, 2.0**24
@@ -21,8 +22,8 @@ class LossScale:
 
     Attributes:
         value: what the next backward passes are multiplied by.
-        skipped: whether the last step was not taken because the scale was too large, or because it was refused.
-        steps_not_taken: how many steps of the run changed no weight, for whatever reason.
+        skipped: whether the last step was not taken because the scale was too large.
+        steps_not_taken: how many steps of the run changed no weight, for whatever reason; whoever refuses one says so.
     """
 
     def __init__(self, *, dynamic: bool) -> None:
@@ -34,8 +35,8 @@ class LossScale:
 
     def update(self, *, overflowed: bool) -> None:
         """Learns whether a step's gradients overflowed, so that it was not taken; the same on all ranks."""
-        self.steps_not_taken += overflowed
         self.skipped = overflowed and self.value > _SMALLEST
+        self.steps_not_taken += self.skipped
         if not self.dynamic:
             return
         self._good_steps = 0 if overflowed else self._good_steps + 1
@@ -44,26 +45,25 @@ class LossScale:
         elif self._good_steps % _STEPS_TO_GROW == 0:
             self.value = min(_LARGEST, self.value * 2)
 
-    def accepts(self, norm: Tensor, accepts: Callable[[Tensor], bool]) -> bool:
-        """Whether a step with this gradient norm [] is taken: no overflow, and `accepts` has nothing against it.
+    def refusal(self, norm: Tensor, refuses: Callable[[Tensor], Tensor]) -> Tensor:
+        """Whether a step with this gradient norm [] is not taken, [] float32 on its device: 1 or 0.
 
-        At the smallest scale an overflow is for `accepts` to judge; whatever it says, that step is not taken.
+        A dynamic scale reads the norm, which waits for the device. At the smallest scale an overflow is for `refuses`
+        to judge; whatever it says, that step is not taken.
         """
-        overflowed = self.dynamic and not norm.isfinite()
+        if not self.dynamic:
+            return refuses(norm)
+        overflowed = not norm.isfinite().item()
         self.update(overflowed=overflowed)
-        if overflowed:
-            if not self.skipped:
-                accepts(norm)
-            return False
-        if not accepts(norm):
-            self.refuse()
-            return False
-        return True
+        one = torch.ones((), dtype=torch.float32, device=norm.device)
+        if self.skipped:
+            return one
+        refused = refuses(norm)
+        return one if overflowed else refused
 
-    def refuse(self) -> None:
+    def refused(self) -> None:
         """Learns that a step was not taken for a reason that is not the scale's; the same on all ranks."""
         self.steps_not_taken += 1
-        self.skipped = True
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same bits; JSON."""

@@ -20,7 +20,7 @@ from parallel.loss_scale import LossScale
 from parallel.parameters import Fragment, LocalParameter, setting_of
 from parallel.rules import Setting
 from parallel.topology import Topology, add_up
-from parallel.updater import EXPERTS, MOMENTS, Accepts, Kind, add_into, add_squares, always, reduce_tied
+from parallel.updater import EXPERTS, MOMENTS, Kind, Refuses, add_into, add_squares, never, reduce_tied
 
 
 def adamw(
@@ -54,6 +54,14 @@ def create_state(optimizer: torch.optim.AdamW) -> None:
                 Kind.first_moment.value: torch.zeros_like(tensor),
                 Kind.second_moment.value: torch.zeros_like(tensor),
             }
+
+
+def set_refused(optimizer: torch.optim.Optimizer, refused: Tensor) -> None:
+    """Has the fused AdamW leave weights, moments and its count of steps as they are where `refused` [] is 1.
+
+    It is what torch's gradient scaler does; the kernel reads the number, so that the host need not.
+    """
+    optimizer.found_inf = refused  # type: ignore[attr-defined]
 
 
 def set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -123,18 +131,18 @@ class PlainUpdater:
         return squares.sqrt()
 
     @torch.no_grad()
-    def step(self, learning_rate: float, accepts: Accepts = always) -> Tensor:
+    def step(self, learning_rate: float, refuses: Refuses = never) -> tuple[Tensor, Tensor]:
         norm = self.norm()
-        if not self.loss_scale.accepts(norm, accepts):
-            return norm
+        refused = self.loss_scale.refusal(norm, refuses)
         if self.clip_norm > 0:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(self.gradients, factor.to(self.gradients[0].dtype))
         set_learning_rate(self.optimizer, learning_rate)
+        set_refused(self.optimizer, refused)
         self.optimizer.step()
         for local, master in zip(self.parameters, self.masters, strict=True):
             self._round(local, master)
-        return norm
+        return norm, refused
 
     @staticmethod
     def _round(local: LocalParameter, master: Tensor) -> None:

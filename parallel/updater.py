@@ -41,13 +41,13 @@ EXPERTS = "experts"
 """Name of the parameter groups of experts, which ZeRO shards over fewer ranks than the others."""
 
 
-Accepts = Callable[[Tensor], bool]
-"""Whether the update of a gradient with this norm [] may be made."""
+Refuses = Callable[[Tensor], Tensor]
+"""Whether the update of a gradient with this norm [] must not be made: [] float32, 1 or 0, on the norm's device."""
 
 
-def always(_norm: Tensor) -> bool:
-    """Accepts every update."""
-    return True
+def never(norm: Tensor) -> Tensor:
+    """Refuses no update."""
+    return torch.zeros((), dtype=torch.float32, device=norm.device)
 
 
 class Updater(Protocol):
@@ -70,11 +70,13 @@ class Updater(Protocol):
         """Encloses the passes after which more follow in the same step."""
         ...
 
-    def step(self, learning_rate: float, accepts: Accepts = always) -> Tensor:
-        """Clips, updates, clears the gradients; returns the global gradient norm [] before clipping.
+    def step(self, learning_rate: float, refuses: Refuses = never) -> tuple[Tensor, Tensor]:
+        """Clips, updates, clears the gradients; returns the global gradient norm [] before clipping, and the refusal.
 
         Gradients that overflowed under a dynamic `loss_scale` change nothing; then the norm is not finite. Nor do those
-        whose norm `accepts` refuses, on all ranks alike; it is not asked where a smaller scale will help.
+        whose norm is refused, on all ranks alike; `refuses` is not asked where a smaller scale will help. AdamW takes
+        the refusal on the device, so that nobody waits for it; who cannot (whole-parameter optimizers, ZeRO-3, steps
+        on the host, fp16's scale) reads it.
         """
         ...
 

@@ -32,7 +32,7 @@ from parallel.optimizer import set_learning_rate
 from parallel.parameters import LocalParameter, setting_of
 from parallel.rules import RULES
 from parallel.topology import Topology
-from parallel.updater import Accepts, Kind, add_into, add_squares, always, reduce_tied
+from parallel.updater import Kind, Refuses, add_into, add_squares, never, reduce_tied
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,10 +180,12 @@ class WholeUpdater:
         return squares.sqrt()
 
     @torch.no_grad()
-    def step(self, learning_rate: float, accepts: Accepts = always) -> Tensor:
+    def step(self, learning_rate: float, refuses: Refuses = never) -> tuple[Tensor, Tensor]:
         norm = self.norm()
-        if not self.loss_scale.accepts(norm, accepts):
-            return norm
+        refused = self.loss_scale.refusal(norm, refuses)
+        if refused.item():  # any torch optimizer steps here, and few can be told on the device to leave all as it is
+            self.follow()
+            return norm, refused
         factor = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0) if self.config.clip_norm > 0 else None
         for number, (place, gradient) in enumerate(zip(self.places, self.gradients, strict=True)):
             if not place.on_data_owner:
@@ -199,7 +201,7 @@ class WholeUpdater:
         for master in self.masters.values():
             master.grad = None
         self.follow()
-        return norm
+        return norm, refused
 
     def _gathered(self, place: _Place, value: Tensor) -> Tensor:
         """The whole of a parameter-shaped tensor, right on the owner; its tensor ranks call this together."""

@@ -49,10 +49,10 @@ from parallel.held import Tensors
 from parallel.loss_scale import LossScale
 from parallel.mechanism import Mechanism, Reduction, mechanism
 from parallel.memory import bucket_elements
-from parallel.optimizer import adamw, create_state, set_learning_rate, set_steps
+from parallel.optimizer import adamw, create_state, set_learning_rate, set_refused, set_steps
 from parallel.parameters import Fragment, LocalParameter
 from parallel.topology import Topology, add_up
-from parallel.updater import EXPERTS, MOMENTS, Accepts, Kind, add_squares, always, reduce_tied
+from parallel.updater import EXPERTS, MOMENTS, Kind, Refuses, add_squares, never, reduce_tied
 
 
 class _ModelParallelUnit:
@@ -183,11 +183,15 @@ class ZeroUpdater:
         self._zero.gradient_average = False
         if self.mechanism.stage < 3:
             self._local = {local.parameter: local for local in parameters}
-            self._zero.scaled_global_norm = self._norm
+            self._zero.scaled_global_norm = self._judged_norm
+            self._zero.unscale_and_clip_grads = self._clip
         else:
             self._zero._get_norm_groups = self._judged_groups
-        self._accepts: Accepts = always
-        self._refused_norm: Tensor | None = None
+            self._zero.check_overflow = lambda: None  # a norm that is not finite says it, and is judged
+        self._zero.check_grad_overflow = False
+        self._clip_norm = config.clip_norm
+        self._refuses: Refuses = never
+        self._found: tuple[Tensor, Tensor] | None = None
         self._create_state()
         module.register_forward_hook(self._reset_at_backward)
 
@@ -250,38 +254,51 @@ class ZeroUpdater:
     def all_but_last_micro_batch(self) -> AbstractContextManager[None]:
         return self._boundary_at_the_end() if self._in_backward else nullcontext()
 
-    def step(self, learning_rate: float, accepts: Accepts = always) -> Tensor:
+    def step(self, learning_rate: float, refuses: Refuses = never) -> tuple[Tensor, Tensor]:
         set_learning_rate(self._zero.optimizer, learning_rate)
-        self._accepts, self._refused_norm = accepts, None
-        if self.loss_scale.dynamic or self.mechanism.stage == 3:
+        self._refuses = refuses
+        if self.mechanism.stage == 3:
             self._zero.override_loss_scale(self._kept_scale())
         self._engine.step()
-        self._zero.check_grad_overflow = False
+        assert self._found is not None
+        (norm, refused), self._found = self._found, None
         if self._zero.overflow:
             self._zero.averaged_gradients.clear()  # left standing with offload, infinities and all
-        if self._refused_norm is not None:
-            self.loss_scale.refuse()
-            return self._refused_norm
-        norm = torch.as_tensor(self._zero._global_grad_norm)
-        self.loss_scale.update(overflowed=self._zero.overflow)
-        if self._zero.overflow and not self.loss_scale.skipped:
-            accepts(norm)
-        return norm
+            self.follow()
+        return norm, refused
 
-    def _judged(self, norm: Tensor) -> Tensor:
-        """The norm as DeepSpeed is to see it: infinite where the step is refused, because it then takes none."""
-        if self._accepts(norm / self._kept_scale()):
-            return norm
-        self._refused_norm = norm / self._kept_scale()
-        self._zero.check_grad_overflow = True  # else bf16 would not mind
-        return torch.full_like(norm, torch.inf)
+    def _judged(self, total: Tensor) -> Tensor:
+        """Whether the step is refused, [] 1 or 0, from the norm [] of the gradients as DeepSpeed keeps them."""
+        norm = total / self._kept_scale()
+        refused = self.loss_scale.refusal(norm, self._refuses)
+        self._found = norm, refused
+        return refused
 
     def _judged_groups(self) -> list[Tensor]:
-        """The norms of stage 3's groups of parameters, judged together."""
+        """The norms of stage 3's groups of parameters, judged together; infinite where DeepSpeed is to take no step."""
         groups = [torch.as_tensor(norm) for norm in type(self._zero)._get_norm_groups(self._zero)]
         norms = torch.stack([norm.float() for norm in groups])
         norm = torch.linalg.vector_norm(norms.where(norms >= 0, torch.nan))  # -1 is DeepSpeed's word for not finite
-        return groups if self._judged(norm).isfinite() else [torch.full_like(norm, torch.inf)]
+        return [torch.full_like(norm, torch.inf)] if self._judged(norm).item() else groups
+
+    def _judged_norm(self) -> float:
+        """Stages 1 and 2: judges the step on the device and says what the optimizer is to make of it.
+
+        DeepSpeed gets a number that it has nothing against: it would read the norm, and wait for the device.
+        """
+        total = self._norm()
+        refused = self._judged(total)
+        norm, _ = self._found or (total, refused)
+        self._factor = torch.full_like(norm, 1.0 / self._kept_scale())
+        if self._clip_norm > 0:
+            self._factor = 1.0 / (((norm + 1e-6) / self._clip_norm).clamp(min=1.0) * self._kept_scale())
+        set_refused(self._zero.optimizer, refused.to(self._zero.single_partition_of_fp32_groups[0].device))
+        return 1.0
+
+    def _clip(self, gradients: Sequence[Tensor], _norm: float) -> None:
+        """In place of DeepSpeed's, which would read the norm."""
+        for gradient in gradients:
+            gradient.mul_(self._factor.to(gradient.device))
 
     def _norm(self) -> Tensor:
         """The global norm [] of the gradients as DeepSpeed keeps them, stages 1 and 2.
@@ -296,7 +313,7 @@ class ZeroUpdater:
             add_squares(squares, zip(map(self._local.__getitem__, members), parts, strict=False), self.topology)
         add_up(squares, self.topology.data_parallel_group)
         add_up(squares, self.topology.model_parallel_group)
-        return self._judged(squares.sqrt().to(zero.device))
+        return squares.sqrt()
 
     def gradient(self, local: LocalParameter) -> Tensor:
         gradient = safe_get_full_grad(local.parameter)

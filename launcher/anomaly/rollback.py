@@ -21,13 +21,12 @@ def roll_back(parts: Parts, records: Records, asked: RollBack) -> None:
         FloatingPointError: there is no checkpoint, or the run went back to the same one too often.
     """
     parts.checkpoints.wait()
-    position, step = parts.loader.position, parts.progress.step + 1
     if parts.checkpoints.resume(parts.participants, fallback=False) is None:
         raise FloatingPointError(f"{asked}: the run ends here, for it has no checkpoint yet to go back to")
     parts.judge.rolled_back(parts.progress.step)
-    jumped = position - parts.loader.position
-    parts.loader.jump(position)
-    records.went_back(step=parts.progress.step, from_step=step, jumped_samples=jumped, cause=str(asked))
+    jumped = asked.position - parts.loader.position
+    parts.loader.jump(asked.position)
+    records.went_back(step=parts.progress.step, from_step=asked.step, jumped_samples=jumped, cause=str(asked))
     logger.warning(
         "%s: back to the checkpoint of step %d, and on behind %d samples that are jumped over",
         asked, parts.progress.step, jumped,

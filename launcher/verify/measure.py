@@ -23,7 +23,7 @@ from launcher.verify.batches import Traits, slice_of, synthetic_batch
 from parallel.engine import Engine
 from parallel.parameters import LocalParameter
 from parallel.topology import Topology
-from parallel.updater import Accepts, Kind
+from parallel.updater import Kind, Refuses
 
 Shards = list[tuple[Any, np.ndarray]]
 """megatron-core's descriptions of shards (global name, shape, offset), each with its values in float64."""
@@ -89,12 +89,12 @@ def found(case: Case, *, steps: int, led_by: Sequence[Mapping[str, np.ndarray]] 
     update = engine.updater.step
     held: dict[str, int] = {}
 
-    def look_then_update(learning_rate: float, accepts: Accepts) -> Tensor:
+    def look_then_update(learning_rate: float, refuses: Refuses) -> tuple[Tensor, Tensor]:
         held.update(engine.held())
         gradients.append(_shards(engine, engine.updater.gradient))
         if led_by is not None:
             _replace(engine, led_by[len(gradients) - 1])
-        return update(learning_rate, accepts)
+        return update(learning_rate, refuses)
 
     engine.updater.step = look_then_update  # type: ignore[method-assign]
     for step in range(steps):

@@ -25,6 +25,10 @@ from tests.launcher.tiny import configuration, run
 EVERY_STEP = {"every_steps": 1, "keep": 20}
 
 
+SELDOM = {"steps": 12, "log_every_steps": 100}
+"""Logged at the first and the last step alone: others are judged one step late."""
+
+
 def gradient_becomes(monkeypatch: pytest.MonkeyPatch, value: float, where: Callable[[Engine, dict], bool]) -> None:
     """Spoils one element of one parameter's gradient in the backward passes of chosen steps."""
     original = Engine.accumulate
@@ -180,6 +184,40 @@ def test_a_rollback_jumps_over_the_data(tmp_path: Path, store: Path, monkeypatch
 
 
 @pytest.mark.distributed
+def test_what_is_judged_one_step_late_ends_as_if_it_were_judged_at_once(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the sixth step, which is bad, nobody reads a number at its end; the eighth is saved."""
+    at_once, late = tmp_path / "at-once", tmp_path / "late"
+    gradient_becomes(monkeypatch, math.nan, lambda _engine, batch: 6 * 4 - 1 in batch["sample_ids"])
+    for policy in ("skip", "rollback", "stop"):
+        for directory, train in ((at_once / policy, {"steps": 12}), (late / policy, SELDOM)):
+            directory.mkdir(parents=True)
+            config = configuration(directory, store, train=train, anomaly={"not_finite": policy})
+            codes, said = run("train", config, "precision=bf16")
+            assert codes == ([1] if policy == "stop" else [0]), said
+            assert "the gradient norm of step 6 is not finite" in said
+        saved = whole_steps(late / policy / "run/checkpoints")
+        assert list(saved) == list(whole_steps(at_once / policy / "run/checkpoints"))
+        for step in saved:
+            assert tensors(late / policy, step) == tensors(at_once / policy, step)
+        (mine,), (its,) = anomalies(late / policy), anomalies(at_once / policy)
+        assert (mine["step"], mine["cause"], mine["policy"]) == (its["step"], its["cause"], its["policy"])
+    assert list(RunDirectory(late / "skip/run").metrics)[-1]["skipped_steps"] == 1
+
+
+@pytest.mark.distributed
+def test_a_bad_step_is_not_saved_though_nobody_has_read_it(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradient_becomes(monkeypatch, math.nan, on_rank(0, 8))
+    codes, said = run("train", configuration(tmp_path, store, train=SELDOM))
+    assert codes == [1]
+    assert "the gradient norm of step 8 is not finite: the run ends here, unsaved" in said
+    assert list(whole_steps(tmp_path / "run/checkpoints")) == [4]
+
+
+@pytest.mark.distributed
 def test_a_rollback_keeps_the_sizes_of_a_ramp(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ramp = {"train": {"batch_size_ramp": [{"global_batch_size": 2, "until_step": 6}], "micro_batch_size": 1}}
     gradient_becomes(monkeypatch, math.nan, lambda _engine, batch: 9 in batch["sample_ids"])  # in the fifth step
@@ -208,45 +246,60 @@ def test_a_run_that_goes_back_again_and_again_ends(
 
 
 def _judge(**settings: Any) -> tuple[Judge, list[dict[str, Any]]]:
+    """A judge of one rank, and what it wrote."""
     events: list[dict[str, Any]] = []
-    progress = Progress(total_steps=1, batch_sizes=BatchSizes(1), sequence_length=1)
-    config = AnomalyConfig(**{"window_steps": 16, **settings})
-    return Judge(config, progress=progress, group=None, event=lambda _name, **facts: events.append(facts)), events
+    judge = Judge(
+        AnomalyConfig(**{"window_steps": 16, **settings}),
+        progress=Progress(total_steps=1, batch_sizes=BatchSizes(1), sequence_length=1),
+        position=lambda: 7,
+        several=False,
+        due=lambda _step: True,
+        refused=lambda: None,
+        event=lambda _name, **facts: events.append(facts),
+    )
+    return judge, events
+
+
+def _accepts(judge: Judge, loss: float | torch.Tensor, norm: float | torch.Tensor) -> bool:
+    """Whether the device makes the update; the host has read the step when this returns."""
+    refused = judge.refuses(torch.as_tensor(loss), torch.as_tensor(norm))
+    judge.ask()
+    return not refused
 
 
 def _ordinary(judge: Judge, count: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for noise in torch.randn(count, 2, generator=generator, dtype=torch.float64):
-        assert judge.accepts(4 + 0.1 * noise[0], 1 + 0.1 * noise[1])
+        assert _accepts(judge, 4 + 0.1 * noise[0], 1 + 0.1 * noise[1])
 
 
 def test_spikes_are_judged_by_what_is_usual() -> None:
     judge, events = _judge(loss_spike=Policy.skip, gradient_spike=Policy.rollback)
-    assert judge.accepts(torch.tensor(90.0), torch.tensor(1e9)), "nothing is usual yet"
+    assert _accepts(judge, 90.0, 1e9), "nothing is usual yet"
     _ordinary(judge, 40)
     assert not events
-    assert not judge.accepts(torch.tensor(6.0), torch.tensor(1.0))
+    assert not _accepts(judge, 6.0, 1.0)
     assert not judge.ask()
     assert events[-1]["kind"] == "loss_spike"
     assert "usual is" in events[-1]["cause"]
-    assert not judge.accepts(torch.tensor(4.0), torch.tensor(30.0))
+    assert not _accepts(judge, 4.0, 30.0)
     assert judge.ask()
     with pytest.raises(RollBack, match="the gradient norm of step 1 is 30"):
         judge.answer(True)
     assert not judge.ask()
-    assert judge.accepts(torch.tensor(3.0), torch.tensor(0.2)), "below is no spike"
+    assert _accepts(judge, 3.0, 0.2), "below is no spike"
     _ordinary(judge, 10)
 
 
 def test_a_flat_loss_is_not_all_spikes_and_a_resumed_judge_judges_alike() -> None:
     judge, events = _judge(loss_spike=Policy.skip)
     for _ in range(20):
-        assert judge.accepts(torch.tensor(4.0), torch.tensor(1.0))
-    assert judge.accepts(torch.tensor(4.05), torch.tensor(1.0))
+        assert _accepts(judge, 4.0, 1.0)
+    assert _accepts(judge, 4.05, 1.0)
     other, _ = _judge(loss_spike=Policy.skip)
     other.load_state_dict(json.loads(json.dumps(judge.state_dict())))
     for it in (judge, other):
-        assert not it.accepts(torch.tensor(6.0), torch.tensor(1.0))
+        assert not _accepts(it, 6.0, 1.0)
     assert len(events) == 1
 
 

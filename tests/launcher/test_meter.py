@@ -9,13 +9,13 @@ from launcher.meter import finite
 from parallel.engine import StepResult
 
 
-def result(loss: float, grad_norm: float, *, skipped: bool = False) -> StepResult:
+def result(loss: float, grad_norm: float) -> StepResult:
     return StepResult(
         loss=torch.tensor(loss),
         weight=torch.tensor(1.0),
         grad_norm=torch.tensor(grad_norm),
         learning_rate=0.1,
-        skipped=skipped,
+        refused=torch.zeros(()),
         seconds={},
     )
 
@@ -24,9 +24,9 @@ def result(loss: float, grad_norm: float, *, skipped: bool = False) -> StepResul
     ("found", "told"),
     [
         (result(2.0, 3.0), (2.0, 3.0)),
-        (result(2.0, math.inf, skipped=True), (2.0, None)),
-        (result(math.nan, 1.0, skipped=True), (None, 1.0)),
-        (result(-math.inf, math.nan, skipped=True), (None, None)),
+        (result(2.0, math.inf), (2.0, None)),
+        (result(math.nan, 1.0), (None, 1.0)),
+        (result(-math.inf, math.nan), (None, None)),
     ],
 )
 def test_what_is_not_finite_is_no_number_of_a_record(

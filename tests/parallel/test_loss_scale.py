@@ -1,5 +1,7 @@
 """The arithmetic of the loss scale: down on an overflow, up after a thousand good steps, within its limits."""
 
+import torch
+
 from parallel.loss_scale import LossScale
 
 
@@ -38,13 +40,15 @@ def test_an_overflow_at_the_smallest_scale_is_a_failure() -> None:
         assert scale.skipped
     taken = scale.steps_not_taken
     scale.update(overflowed=True)
-    assert (scale.value, scale.skipped, scale.steps_not_taken) == (1.0, False, taken + 1)
+    assert (scale.value, scale.skipped, scale.steps_not_taken) == (1.0, False, taken), "whoever refuses it counts it"
 
 
 def test_a_step_that_is_not_finite_without_a_scale_is_a_failure() -> None:
     scale = LossScale(dynamic=False)
-    scale.update(overflowed=True)
-    assert (scale.value, scale.skipped, scale.steps_not_taken) == (1.0, False, 1)
+    assert scale.refusal(torch.tensor(torch.nan), lambda norm: 1 - norm.isfinite().float()) == 1
+    assert (scale.value, scale.skipped, scale.steps_not_taken) == (1.0, False, 0)
+    scale.refused()
+    assert scale.steps_not_taken == 1
 
 
 def test_it_goes_on_where_it_stopped() -> None:
