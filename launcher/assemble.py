@@ -113,15 +113,7 @@ def assemble(
     hosts = exchange(node_name())
     several = _hosts() if topology.world_size > 1 else None
     logging = Every(train.log_every_steps, config.evaluate.every_steps, besides=(1, steps))
-    judge = Judge(
-        config.anomaly,
-        progress=progress,
-        position=lambda: loader.position,
-        several=several is not None,
-        due=logging.due,
-        refused=engine.updater.loss_scale.refused,
-        event=event,
-    )
+    judge = _judge(config, engine, loader, progress, event, due=logging.due)
     engine.pulse, engine.refuses, engine.before_update = pulse, judge.refuses, checkpoints.copied
     watching = {"progress": progress, "hosts": hosts, "event": event}
     preempt.join(several, [saving, checkpoints, judge, *_watchers(config, engine, several, **watching)], pulse=pulse)
@@ -161,6 +153,26 @@ def _checkpoints(
         asynchronous=config.checkpoint.asynchronous,
         mirror=config.checkpoint.mirror,
         patience=patience,
+    )
+
+
+def _judge(
+    config: RunConfig,
+    engine: Engine,
+    loader: Loader,
+    progress: Progress,
+    event: Callable[..., None],
+    *,
+    due: Callable[[int], bool],
+) -> Judge:
+    return Judge(
+        config.anomaly,
+        progress=progress,
+        position=lambda: loader.position,
+        several=engine.topology.world_size > 1,
+        due=due,
+        refused=engine.updater.loss_scale.refused,
+        event=event,
     )
 
 

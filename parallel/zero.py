@@ -181,19 +181,23 @@ class ZeroUpdater:
         )
         self._zero: Any = self._engine.optimizer
         self._zero.gradient_average = False
+        self._clip_norm = config.clip_norm
+        self._refuses: Refuses = never
+        self._found: tuple[Tensor, Tensor] | None = None
+        self._local = {local.parameter: local for local in parameters}
+        self._judge_norms()
+        self._create_state()
+        module.register_forward_hook(self._reset_at_backward)
+
+    def _judge_norms(self) -> None:
+        """Puts ourselves between DeepSpeed and its norms, which it would read."""
         if self.mechanism.stage < 3:
-            self._local = {local.parameter: local for local in parameters}
             self._zero.scaled_global_norm = self._judged_norm
             self._zero.unscale_and_clip_grads = self._clip
         else:
             self._zero._get_norm_groups = self._judged_groups
             self._zero.check_overflow = lambda: None  # a norm that is not finite says it, and is judged
         self._zero.check_grad_overflow = False
-        self._clip_norm = config.clip_norm
-        self._refuses: Refuses = never
-        self._found: tuple[Tensor, Tensor] | None = None
-        self._create_state()
-        module.register_forward_hook(self._reset_at_backward)
 
     @property
     def gradient_scale(self) -> float:
