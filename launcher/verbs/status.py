@@ -128,7 +128,8 @@ def _last_error(directory: RunDirectory, outcome: Outcome | None) -> str | None:
     """The sentence of the last attempt that went wrong, as long as nothing better came after it."""
     if outcome is not None and outcome.exit_code not in (0, 75, 130):
         return outcome.message
-    return None
+    saves = [event for event in directory.events if event["event"] in ("saved", "not_saved")]
+    return saves[-1].get("why") if saves else None
 
 
 def _described(job: Job | None, jobs: Sequence[str]) -> str | None:

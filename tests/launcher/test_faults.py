@@ -19,6 +19,7 @@ from launcher.batches import Batches
 from launcher.outcome import Outcome
 from launcher.progress import Progress
 from launcher.run_directory import RunDirectory
+from launcher.verbs.status import status
 from parallel.checkpoint.manifest import whole_steps
 from tests.launcher.test_train import records, wait_for_step
 from tests.launcher.tiny import Started, configuration, run, start
@@ -168,8 +169,10 @@ def test_a_disk_that_is_full_for_a_while(small_disk: Path, store: Path, undistur
     while not (missed := [event for event in directory.events if event["event"] == "not_saved"]):
         assert time.monotonic() < until, started.said()
         time.sleep(0.05)
+    assert "No space left on device" in (status(directory).last_error or "")
     filler.unlink()
     assert started.wait() == [0, 0], started.said()
+    assert status(directory).last_error is None
     assert [event["step"] for event in missed] == [8]
     assert "No space left on device" in missed[0]["why"]
     assert "training goes on and the next save tries again (1 of checkpoint.failures=2)" in started.said()
