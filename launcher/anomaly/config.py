@@ -30,7 +30,8 @@ class AnomalyConfig:
     window_steps: int = 128
     """The last steps that say what is ordinary; nothing is a spike before there are so many."""
     deviations: float = 8.0
-    """A spike is so many standard deviations above the median, the deviation being that of the middle half."""
+    """A spike is so many standard deviations above the median, the deviation being that of the middle half; of gradient
+    norms, in logarithms."""
     tries: int = 3
     """Steps skipped in a row, or rollbacks to the same checkpoint; the next one stops the run."""
     replicas_every_steps: int | None = 1000

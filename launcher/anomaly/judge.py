@@ -13,13 +13,15 @@ stopped or taken back is so one step later, by the numbers of the step that was 
 all of that happens at its end.
 
 "Far above" is measured by median and median absolute deviation, which a few outliers in the window do not move; the
-deviation counts as at least 1 % of the median, so that a flat loss is not all spikes. What was judged ordinary stands
-in the checkpoint, so that a resumed run judges as one that never stopped.
+deviation counts as at least 1 % of the median, so that a flat loss is not all spikes. Norms are measured by their
+logarithms, because they scatter by factors: measured as they are, five of the quickstart's 500 were spikes.
+What was judged ordinary stands in the checkpoint, so that a resumed run judges as one that never stopped.
 """
 
 import logging
 import math
 import statistics
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -200,10 +202,11 @@ class Judge(Dispensable):
 
     def _limits(self) -> dict[str, float]:
         """Of the loss and of the norm; above it a value is a spike."""
-        windows = {"loss_spike": self._losses, "gradient_spike": self._norms}
-        if len(self._losses) < self._config.window_steps:
-            return dict.fromkeys(windows, math.inf)
-        return {kind: _limit(window, self._config.deviations) for kind, window in windows.items()}
+        loss, norm = math.inf, math.inf
+        if len(self._losses) >= self._config.window_steps:
+            loss = _limit(self._losses, self._config.deviations)
+            norm = math.exp(_limit(map(_logarithm, self._norms), self._config.deviations, unit=1.0))
+        return {"loss_spike": loss, "gradient_spike": norm}
 
     def _found(self, asked: _Step, wrong: list[float], values: dict[str, float]) -> tuple[str, str]:
         """What is out of the ordinary and in which words, two empty ones if nothing is; a refusal before a remark."""
@@ -235,9 +238,13 @@ class Judge(Dispensable):
             logger.info("%s: %s (anomaly.%s=%s)", cause, does, kind, policy.value)
 
 
-def _limit(window: Iterable[float], deviations: float) -> float:
-    """Above it a value is a spike."""
+def _limit(window: Iterable[float], deviations: float, *, unit: float | None = None) -> float:
+    """Above it a value is a spike; `unit` is by default the median."""
     values = list(window)
     median = statistics.median(values)
     deviation = _DEVIATION_OF_NORMAL * statistics.median(abs(value - median) for value in values)
-    return median + deviations * max(deviation, _LEAST_DEVIATION * abs(median))
+    return median + deviations * max(deviation, _LEAST_DEVIATION * (abs(median) if unit is None else unit))
+
+
+def _logarithm(norm: float) -> float:
+    return math.log(max(norm, sys.float_info.min))

@@ -291,6 +291,15 @@ def test_spikes_are_judged_by_what_is_usual() -> None:
     _ordinary(judge, 10)
 
 
+def test_norms_that_scatter_by_factors_are_not_all_spikes() -> None:
+    judge, events = _judge(gradient_spike=Policy.skip, window_steps=128)
+    for number in torch.randn(5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist():
+        assert _accepts(judge, 4.0, 0.6 * math.exp(0.4 * number))
+    assert _accepts(judge, 4.0, 0.0)
+    assert not events
+    assert not _accepts(judge, 4.0, 60.0)
+
+
 def test_a_flat_loss_is_not_all_spikes_and_a_resumed_judge_judges_alike() -> None:
     judge, events = _judge(loss_spike=Policy.skip)
     for _ in range(20):
