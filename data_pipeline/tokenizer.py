@@ -20,7 +20,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from parallel.common.errors import UserError
@@ -127,12 +127,23 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """The content of its `tokenizer.json`, with the special tokens that were added; the same bytes every time."""
-        content = json.loads(self._backend.to_str())
-        return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+        return _content(self._backend)
 
     def save(self, path: Path) -> None:
         """Writes `tokenizer.json`, whole or not at all."""
         write_text(path, self.to_json())
+
+    def save_around(self, path: Path, before: Sequence[int], behind: Sequence[int]) -> None:
+        """Writes one that puts these ids around each text, for programs that leave that to the tokenizer."""
+        names = [self.token(number) for number in (*before, *behind)]
+        first, last = names[: len(before)], names[len(before) :]
+        changed = HuggingFaceTokenizer.from_str(self._backend.to_str())
+        changed.post_processor = processors.TemplateProcessing(
+            single=[*first, "$A", *last],
+            pair=[*first, "$A", *last, "$B:1", *(f"{name}:1" for name in last)],
+            special_tokens=list(zip(names, (*before, *behind), strict=True)),
+        )
+        write_text(path, _content(changed))
 
     @property
     def fingerprint(self) -> str:
@@ -178,6 +189,10 @@ class Tokenizer:
     def decode_batch(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         """The texts of several lists of ids, as `decode` gives them."""
         return self._backend.decode_batch([list(ids) for ids in sequences], skip_special_tokens=False)
+
+
+def _content(backend: HuggingFaceTokenizer) -> str:
+    return json.dumps(json.loads(backend.to_str()), ensure_ascii=False, indent=1) + "\n"
 
 
 def _first_known(backend: HuggingFaceTokenizer, names: Sequence[str]) -> str | None:

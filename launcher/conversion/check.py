@@ -1,8 +1,11 @@
-"""The proof of a conversion: our model and that of `transformers` compute the same logits from the same weights."""
+"""The proof of a conversion: our model and that of `transformers` compute the same logits from the same weights.
+
+A head for classes is compared where it is read: of a text at the end or the beginning of its row, of tokens at all.
+"""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from model import families
 from model.build import build
-from model.config import ModelConfig
+from model.config import Classified, ModelConfig
 from parallel.common.errors import UserError
 from parallel.config import ParallelConfig
 from parallel.parameters import local_parameters
@@ -86,6 +89,16 @@ def _encoder_decoder_logits(reference: Any, batch: dict[str, Tensor]) -> list[Te
     return [reference(batch["encoder_tokens"], decoder_input_ids=batch["tokens"]).logits]
 
 
+def _class_logits(reference: Any, batch: dict[str, Tensor]) -> list[Tensor]:
+    """Row by row: a causal model without an id for padding reads no more at a time."""
+    segments = {"token_type_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
+    rows = [
+        reference(tokens[None], **{name: value[row, None] for name, value in segments.items()}).logits
+        for row, tokens in enumerate(batch["tokens"])
+    ]
+    return [torch.cat(rows)]
+
+
 _COMPARISONS: Mapping[families.Architecture, _Comparison] = {
     families.Architecture.causal: _Comparison(
         batch=_random_batch,
@@ -103,6 +116,27 @@ _COMPARISONS: Mapping[families.Architecture, _Comparison] = {
         theirs=_encoder_decoder_logits,
     ),
 }
+
+
+def _comparison(model: ModelConfig) -> _Comparison:
+    architecture = families.family(model).architecture
+    plain = _COMPARISONS[architecture]
+    if not model.classes.number:
+        return plain
+    if model.classes.of is Classified.tokens:
+        return replace(
+            plain,
+            ours=lambda outputs, rows: [outputs.transpose(0, 1).cpu()],
+            kind=lambda architectures: transformers.AutoModelForTokenClassification,
+            theirs=_class_logits,
+        )
+    place = 0 if architecture is families.Architecture.encoder else -1
+    return replace(
+        plain,
+        ours=lambda outputs, rows: [outputs[place].cpu()],
+        kind=lambda architectures: transformers.AutoModelForSequenceClassification,
+        theirs=_class_logits,
+    )
 
 
 def missing_transformers() -> None:
@@ -137,7 +171,7 @@ def described(config: Path, model: ModelConfig, weights: Mapping[str, Tensor]) -
 
 
 def _kind(found: Any, model: ModelConfig) -> Any:
-    return _COMPARISONS[families.family(model).architecture].kind(found.architectures or ())
+    return _comparison(model).kind(found.architectures or ())
 
 
 @torch.no_grad()
@@ -155,8 +189,11 @@ def compare_logits(model: ModelConfig, weights: Mapping[str, Tensor], reference:
     """
     rows = model.unpadded_vocabulary_size or model.vocabulary_size
     assert rows is not None
-    comparison = _COMPARISONS[families.family(model).architecture]
+    comparison = _comparison(model)
     batch = comparison.batch(rows, min(_LENGTH, sequence_length, model.positions or sequence_length))
+    padding = reference.config.pad_token_id
+    if padding is not None:  # where a text ends is where a causal model of theirs finds the first one
+        batch["tokens"] = batch["tokens"].where(batch["tokens"] != padding, (padding + 1) % rows)
     ours = comparison.ours(our_outputs(model, weights, batch, sequence_length=sequence_length), rows)
     expected = comparison.theirs(reference.eval(), batch)
     difference = max(

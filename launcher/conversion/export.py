@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.examples.kinds import Facts
+from data_pipeline.marks import of_tokenizer
 from data_pipeline.tokenizer import Tokenizer
 from launcher.config import RunConfig
 from launcher.conversion.check import compare_logits, missing_transformers, pretrained
@@ -27,9 +28,9 @@ from launcher.places import Checkpoint
 from launcher.runtime import in_ranks
 from launcher.verbs.conversion import ExportJob
 from launcher.work import Ranks
-from model import mup
+from model import families, mup
 from model.config import ModelConfig
-from model.hf.families import config_json, converted
+from model.hf.families import config_json, pairs_of
 from model.hf.pairs import Pair
 from parallel.average import AVERAGE
 from parallel.checkpoint.stream import StoredTensors
@@ -95,7 +96,7 @@ def _exported(job: ExportJob, ranks: Ranks) -> Outcome:
     config = job.checkpoint.config()
     tensors = Weights(job.checkpoint.path, averaged=job.averaged)
     model = described_model(config, tensors)
-    pairs = list(converted(model).pairs(model))
+    pairs = pairs_of(model)
     check_names(job.checkpoint.path, tensors, pairs)
     dtype: torch.dtype = getattr(torch, job.dtype)
     plan = _plan(pairs, tensors, dtype, job.shard_bytes)
@@ -186,7 +187,7 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _write_descriptions(directory: Path, job: ExportJob, config: RunConfig, model: ModelConfig) -> None:
     """config.json, generation_config.json, and the tokenizer's files where the run has one."""
     ids: dict[str, Any] = {}
-    tokenizer = tokenizer_of(job.checkpoint, config)
+    tokenizer, facts = tokenizer_of(job.checkpoint, config), facts_of(job.checkpoint, config)
     if tokenizer is None:
         logger.warning("no tokenizer found in %s: the export has none", config.data.store)
     if tokenizer is not None:
@@ -195,11 +196,24 @@ def _write_descriptions(directory: Path, job: ExportJob, config: RunConfig, mode
             "eos_token_id": tokenizer.end_of_document,
             "pad_token_id": tokenizer.padding,
         }
-        tokenizer.save(directory / "tokenizer.json")
-        write_json(directory / "tokenizer_config.json", _tokenizer_config(tokenizer, config))
-    described = config_json(model, sequence_length=config.train.sequence_length)
+        if model.classes.number:
+            tokenizer.save_around(directory / "tokenizer.json", *around(tokenizer, model))
+        else:
+            tokenizer.save(directory / "tokenizer.json")
+        write_json(directory / "tokenizer_config.json", _tokenizer_config(tokenizer, config, facts))
+    labels = () if facts is None else facts.labels
+    described = config_json(model, sequence_length=config.train.sequence_length, labels=labels)
     _write_plain(directory / "config.json", {**described, **ids, "dtype": job.dtype})
-    _write_plain(directory / "generation_config.json", ids)
+    if not model.classes.number:
+        _write_plain(directory / "generation_config.json", ids)
+
+
+def around(tokenizer: Tokenizer, model: ModelConfig) -> tuple[list[int], list[int]]:
+    """What a model with a head for classes reads before and behind a text."""
+    if families.family(model).architecture is families.Architecture.encoder:
+        known = of_tokenizer(tokenizer)
+        return [known.first], [known.separator]
+    return [tokenizer.end_of_document], []
 
 
 def _write_plain(path: Path, content: Mapping[str, Any]) -> None:
@@ -214,6 +228,11 @@ def tokenizer_of(checkpoint: Checkpoint, config: RunConfig) -> Tokenizer | None:
     return None
 
 
+def facts_of(checkpoint: Checkpoint, config: RunConfig) -> Facts | None:
+    """What the examples are that a run learnt from, or the classes that were imported with the weights."""
+    return Facts.read(Path(config.data.store)) or Facts.read(checkpoint.run.path)
+
+
 def needed_tokenizer(checkpoint: Checkpoint, config: RunConfig) -> Tokenizer:
     """The same.
 
@@ -226,8 +245,7 @@ def needed_tokenizer(checkpoint: Checkpoint, config: RunConfig) -> Tokenizer:
     return found
 
 
-def _tokenizer_config(tokenizer: Tokenizer, config: RunConfig) -> dict[str, Any]:
-    facts = Facts.read(Path(config.data.store))
+def _tokenizer_config(tokenizer: Tokenizer, config: RunConfig, facts: Facts | None) -> dict[str, Any]:
     template = None if facts is None else facts.chat_template
     end, padding = (tokenizer.token(number) for number in (tokenizer.end_of_document, tokenizer.padding))
     return {

@@ -18,7 +18,8 @@ from data_pipeline.tokenizer import Tokenizer
 from launcher.conversion.check import described, pretrained
 from launcher.conversion.sources import Foreign, SafetensorsFiles, Source, without_prefix
 from model.config import ModelConfig
-from model.hf.families import FAMILIES, family_of, model_values
+from model.hf.families import FAMILIES, family_of, model_values, pairs_of
+from model.hf.heads import read_labels
 from model.hf.pairs import Pair
 from parallel.checkpoint.zero_files import ZeroFiles
 from parallel.common.errors import UserError
@@ -53,8 +54,15 @@ def open_deepspeed(path: Path, config: Path) -> Foreign:
 
 def _understood(place: Path, config: Path, source: Source) -> Foreign:
     tokenizer = Tokenizer.load(config.parent) if (config.parent / "tokenizer.json").is_file() else None
-    model = _model(_read_json(config), source, tokenizer)
-    return Foreign(source=source, model=model, pairs=_checked_pairs(place, model, source), tokenizer=tokenizer)
+    found = _read_json(config)
+    model = _model(found, source, tokenizer)
+    return Foreign(
+        source=source,
+        model=model,
+        pairs=_checked_pairs(place, model, source),
+        labels=read_labels(found) if model.classes.number else (),
+        tokenizer=tokenizer,
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -85,7 +93,7 @@ def _checked_pairs(place: Path, model: ModelConfig, source: Source) -> list[Pair
         UserError: a tensor is missing, unknown or of another shape; it names it.
     """
     family = FAMILIES[model.family]
-    pairs = list(family.pairs(model))
+    pairs = pairs_of(model)
     if family.prefix and not any(name.startswith(family.prefix) for name in source.names):
         pairs = without_prefix(pairs, family.prefix)
     wanted = {part for pair in pairs for part in pair.theirs}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.examples import kinds as examples
 from launcher import config as configuration
 from launcher.config import RunConfig
 from launcher.conversion.check import compare_logits, missing_transformers
@@ -27,7 +28,7 @@ from launcher.run_directory import RunDirectory
 from launcher.runtime import in_ranks
 from launcher.verbs.conversion import ImportFormat, ImportJob
 from launcher.work import Ranks
-from model.config import ModelConfig
+from model.config import Classified, ModelConfig
 from model.hf.pairs import Pair
 from model.size import parameter_count
 from parallel.common.errors import UserError
@@ -63,6 +64,8 @@ def _imported(job: ImportJob, ranks: Ranks) -> Outcome:
         configuration.save_section(config, "model", beside / "model.yaml")
         if foreign.tokenizer is not None:
             foreign.tokenizer.save(beside / "tokenizer.json")
+        if foreign.labels:
+            _facts(foreign).write(beside)
         if job.check and foreign.reference is not None:
             weights = {pair.ours: _joined(pair, foreign, Kind.weight) for pair in foreign.pairs}
             compare_logits(model, weights, foreign.reference(), sequence_length=config.train.sequence_length)
@@ -95,6 +98,13 @@ def _run_config(job: ImportJob, model: ModelConfig) -> RunConfig:
         model=model,
         train=replace(plain.train, steps=1, global_batch_size=1, sequence_length=length),
     )
+
+
+def _facts(foreign: Foreign) -> examples.Facts:
+    """The names of the classes, as a store of examples has them."""
+    texts = foreign.model.classes.of is Classified.texts
+    kind = examples.Kind.text_classes if texts else examples.Kind.token_classes
+    return examples.Facts(kind=kind, labels=foreign.labels)
 
 
 def _joined(pair: Pair, foreign: Foreign, kind: Kind) -> Tensor:

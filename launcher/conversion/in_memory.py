@@ -7,7 +7,7 @@ import torch
 from launcher.conversion.check import KERNEL, transformers
 from launcher.conversion.export import Weights, check_names, described_model, theirs
 from launcher.places import Checkpoint
-from model.hf.families import config_json, converted
+from model.hf.families import config_json, pairs_of
 from parallel.common.errors import UserError
 
 
@@ -30,7 +30,7 @@ def in_memory(checkpoint: Checkpoint) -> Any:
     config = checkpoint.config()
     tensors = Weights(checkpoint.path)
     model = described_model(config, tensors)
-    pairs = list(converted(model).pairs(model))
+    pairs = pairs_of(model)
     check_names(checkpoint.path, tensors, pairs)
     said = config_json(model, sequence_length=config.train.sequence_length)
     found = transformers.AutoConfig.for_model(**said)

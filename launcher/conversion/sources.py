@@ -50,6 +50,8 @@ class Foreign:
     source: Source
     model: ModelConfig
     pairs: list[Pair]
+    labels: tuple[str, ...] = ()
+    """Names of the classes, where it tells classes apart."""
     tokenizer: Tokenizer | None = None
     reference: Callable[[], Any] | None = None
     """Makes the model of `transformers` with these weights, float32; None where there is none to compare with."""

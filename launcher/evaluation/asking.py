@@ -1,6 +1,7 @@
 """A task put to a checkpoint: what it answers, and how well.
 
-Likelihoods and classes come from the live model on all ranks, texts and gaps from `transformers` on the first rank.
+Likelihoods and what heads tell come from the live model on all ranks, texts and gaps from `transformers` on the first
+rank.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,16 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.examples.kinds import Facts
 from data_pipeline.marks import of_tokenizer
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import Tokenizer
 from launcher.config import RunConfig
-from launcher.conversion.export import needed_tokenizer
+from launcher.conversion.export import around, facts_of, needed_tokenizer
 from launcher.evaluation.baselines import bits_per_byte
-from launcher.evaluation.metrics import classified, written
+from launcher.evaluation.metrics import classified, tagged, written
 from launcher.evaluation.scoring import Row, Scorer, windows
-from launcher.evaluation.task import Task, TaskKind, choices_of, filled, target_of
+from launcher.evaluation.task import Task, TaskKind, choices_of, filled, target_of, words_of
 from launcher.generation.filling import Filler
 from launcher.generation.writer import MASK, Writer
 from launcher.places import Checkpoint
@@ -45,7 +45,7 @@ class Asked:
     def scorer(self) -> Scorer:
         """The live model."""
         if self.architecture is families.Architecture.encoder_decoder:
-            raise UserError("a t5 tells no likelihood of a continuation: ask it by a task of generation.")
+            raise UserError("a t5 tells no likelihood of a continuation: ask it by a task of generation, or of cloze.")
         rows = self.config.model.vocabulary_size or Store.open(Path(self.config.data.store)).vocabulary_size
         return Scorer(self.checkpoint, self.config, vocabulary_size=rows, padding=self.tokenizer.padding)
 
@@ -79,6 +79,12 @@ def ask(asked: Asked, task: Task, records: Records) -> Found:
     Raises:
         UserError: the task cannot be put to this model, or its records are not what it says.
     """
+    if asked.config.model.classes.number and task.kind not in _OF_CLASSES:
+        legal = " or ".join(_OF_CLASSES)
+        raise UserError(
+            f"the task {task.name} is one of {task.kind.value}, and the checkpoint has nothing but a head for classes: "
+            f"expected a task of {legal}."
+        )
     return _KINDS[task.kind](asked, task, records)
 
 
@@ -153,20 +159,72 @@ def _classification(asked: Asked, task: Task, records: Records) -> Found:
     return classified(truth, [each[number] for each, number in zip(names, plain, strict=True)])
 
 
+def _labels(asked: Asked, task: Task, of: Classified) -> tuple[str, ...]:
+    """Names of the classes that the head tells apart."""
+    facts, classes = facts_of(asked.checkpoint, asked.config), asked.config.model.classes
+    if facts is None or not classes.number or classes.of is not of:
+        raise UserError(f"the task {task.name} asks for classes of {of.value}, for which the checkpoint has no head.")
+    return facts.labels
+
+
 def _classes(asked: Asked, task: Task, records: Records) -> list[str]:
-    """What the head says of each text, by name."""
-    facts = Facts.read(Path(asked.config.data.store))
-    if facts is None or asked.config.model.classes.of is not Classified.texts:
-        raise UserError(f"the task {task.name} asks for classes of texts, for which the checkpoint has no head.")
-    encoder = asked.architecture is families.Architecture.encoder
-    known, end, rows = of_tokenizer(asked.tokenizer), asked.tokenizer.end_of_document, []
-    room = asked.config.train.sequence_length - (2 if encoder else 1)
+    """What the head says of each text, by name; of a text that is too long its beginning is read."""
+    labels = _labels(asked, task, Classified.texts)
+    before, behind = around(asked.tokenizer, asked.config.model)
+    room, rows = asked.config.train.sequence_length - len(before) - len(behind), []
     for ids in asked.tokenizer.encode_batch([filled(task, record) for record in records]):
-        kept = ids[:room]
-        read = [known.first, *kept, known.separator] if encoder else [end, *kept]
-        place = 0 if encoder else len(read) - 1
-        rows.append(Row(ids=read, asked=range(place, place + 1)))
-    return [facts.labels[number] for number in asked.scorer.classes(rows)]
+        read = [*before, *ids[:room], *behind]
+        encoder = asked.architecture is families.Architecture.encoder
+        rows.append(Row(ids=read, asked=[0 if encoder else len(read) - 1]))
+    return [labels[number] for (number,) in asked.scorer.classes(rows)]
+
+
+def _token_classification(asked: Asked, task: Task, records: Records) -> Found:
+    labels = _labels(asked, task, Classified.tokens)
+    texts, truth = zip(*(words_of(task, record) for record in records), strict=True)
+    rows, owner = [], []
+    for number, words in enumerate(texts):
+        found = _pieces(asked, words)
+        rows += found
+        owner += [number] * len(found)
+    told: list[list[str]] = [[] for _ in texts]
+    for number, classes in zip(owner, asked.scorer.classes(rows), strict=True):
+        told[number] += [labels[each] for each in classes]
+    return tagged(truth, told)
+
+
+def _pieces(asked: Asked, words: Sequence[str]) -> list[Row]:
+    """Words as a head reads them, each asked for at its first token; what is too long for a row in several."""
+    before, behind = around(asked.tokenizer, asked.config.model)
+    room = asked.config.train.sequence_length - len(before) - len(behind)
+    encoded = asked.tokenizer.encode_batch([f" {word}" if place else word for place, word in enumerate(words)])
+    pieces: list[tuple[list[int], list[int]]] = [([], [])]
+    for ids in encoded:
+        ids = ids[:room] or [asked.tokenizer.padding]  # even a word of no tokens has a class
+        if len(pieces[-1][0]) + len(ids) > room:
+            pieces.append(([], []))
+        read, places = pieces[-1]
+        places.append(len(before) + len(read))
+        read += ids
+    return [Row(ids=[*before, *read, *behind], asked=places) for read, places in pieces]
+
+
+def _next_sentence(asked: Asked, task: Task, records: Records) -> Found:
+    if not asked.config.model.next_sentence:
+        raise UserError(f"the task {task.name} asks what follows: expected a bert with model.next_sentence.")
+    truth = [target_of(task, record) for record in records]
+    if wrong := [each for each in truth if each not in (0, 1)]:
+        raise UserError(f"the task {task.name}: the answer {wrong[0]!r} is neither true nor false.")
+    firsts = asked.tokenizer.encode_batch([filled(task, record) for record in records])
+    seconds = asked.tokenizer.encode_batch([filled(task, record, task.second) for record in records])
+    known, room, rows = of_tokenizer(asked.tokenizer), asked.config.train.sequence_length - 3, []
+    for one, other in zip(firsts, seconds, strict=True):
+        # Of what is too long, words far from the border between both go first.
+        kept = other[: max(room // 2, room - len(one))]
+        begun = [known.first, *one[max(0, len(one) + len(kept) - room) :], known.separator]
+        rows.append(Row(ids=[*begun, *kept, known.separator], asked=[0], second=len(begun)))
+    found = asked.scorer.follows(rows)
+    return classified(*([str(bool(each)) for each in answers] for answers in (truth, found)))
 
 
 def _generation(asked: Asked, task: Task, records: Records) -> Found:
@@ -187,21 +245,43 @@ def _generation(asked: Asked, task: Task, records: Records) -> Found:
 
 
 def _cloze(asked: Asked, task: Task, records: Records) -> Found:
-    if asked.architecture is not families.Architecture.encoder:
-        raise UserError(f"the task {task.name} asks what stands as {MASK}: expected an encoder, such as a bert.")
-    truth = [str(target_of(task, record)).strip() for record in records]
+    if asked.architecture is families.Architecture.causal:
+        raise UserError(
+            f"the task {task.name} asks what stands as {MASK}: expected an encoder such as a bert, or a t5."
+        )
+    prompts, truth = [filled(task, record) for record in records], []
+    for prompt, record in zip(prompts, records, strict=True):
+        answers = target_of(task, record)
+        truth.append([str(each).strip() for each in (answers if isinstance(answers, list) else [answers])])
+        if len(truth[-1]) != prompt.count(MASK):
+            told = f"{len(truth[-1])} answers for {prompt.count(MASK)} x {MASK}"
+            raise UserError(f"the task {task.name}: a record has {told}: {prompt!r}.")
     if asked.rank:
         return {}
-    found = [asked.filler.fill(filled(task, record))[1][0] for record in records]
-    first = [candidates[0][0].strip() == answer for candidates, answer in zip(found, truth, strict=True)]
-    among = [answer in {text.strip() for text, _ in each} for each, answer in zip(found, truth, strict=True)]
-    return {"accuracy": float(np.mean(first)), "accuracy_top_5": float(np.mean(among))}
+    if asked.architecture is families.Architecture.encoder_decoder:
+        found = [[[text] for text in texts] for texts in asked.writer.fill(prompts, task.options())]
+    else:
+        found = [[[text for text, _ in gap] for gap in asked.filler.fill(prompt)[1]] for prompt in prompts]
+    gaps = [
+        (answer, [text.strip() for text in texts])
+        for answers, of_record in zip(truth, found, strict=True)
+        for answer, texts in zip(answers, of_record, strict=True)
+    ]
+    figures = {"accuracy": float(np.mean([texts[0] == answer for answer, texts in gaps]))}
+    if asked.architecture is families.Architecture.encoder:
+        figures["accuracy_top_5"] = float(np.mean([answer in texts for answer, texts in gaps]))
+    return figures
 
 
 _KINDS: Mapping[TaskKind, Callable[[Asked, Task, Records], Found]] = {
     TaskKind.perplexity: _perplexity,
     TaskKind.multiple_choice: _multiple_choice,
     TaskKind.classification: _classification,
+    TaskKind.token_classification: _token_classification,
+    TaskKind.next_sentence: _next_sentence,
     TaskKind.generation: _generation,
     TaskKind.cloze: _cloze,
 }
+
+_OF_CLASSES = (TaskKind.classification, TaskKind.token_classification)
+"""What a head for classes can be asked."""

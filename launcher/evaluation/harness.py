@@ -12,6 +12,7 @@ from typing import Any
 from launcher.evaluation.asking import Asked
 from launcher.evaluation.scoring import Row, windows
 from launcher.generation.options import Options
+from model import families
 from parallel.common.errors import UserError
 
 lm_eval: Any
@@ -82,10 +83,12 @@ def run_harness(
     """The figures of tasks of the harness, on the first rank; every rank calls this.
 
     Raises:
-        UserError: it is not installed, or does not know a task.
+        UserError: it is not installed, does not know a task, or has nothing to ask this model.
     """
     if lm_eval is None or TaskManager is None:
         raise UserError("--harness needs lm-evaluation-harness: pip install 'bloomery[eval]'.")
+    if asked.architecture is not families.Architecture.causal or asked.config.model.classes.number:
+        raise UserError("--harness asks how likely texts are: expected a causal model that predicts tokens.")
     manager = TaskManager(include_path=None if include is None else str(include))
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:

@@ -16,6 +16,8 @@ _sacrebleu = Lazy("sacrebleu")
 _rouge = Lazy("rouge_score")
 _rouge_scorer = Lazy("rouge_score.rouge_scorer")
 
+OUTSIDE = "O"
+"""The label of a word that belongs to no entity."""
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
@@ -32,12 +34,57 @@ def need(library: Lazy, name: str) -> None:
 def classified(truth: Sequence[str], found: Sequence[str]) -> dict[str, float]:
     """Accuracy, and precision, recall and F1 as the mean over classes (macro) and over all decisions (micro)."""
     need(_sklearn, "scikit-learn")
-    result = {"accuracy": float(_sklearn_metrics.accuracy_score(truth, found))}
+    accuracy = float(_sklearn_metrics.accuracy_score(truth, found))
+    return {"accuracy": accuracy, **_precision_recall(truth, found)}
+
+
+def _precision_recall(
+    truth: Sequence[str], found: Sequence[str], *, labels: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Of these labels, by default of all."""
+    result: dict[str, float] = {}
     for mean in ("macro", "micro"):
-        scores = _sklearn_metrics.precision_recall_fscore_support(truth, found, average=mean, zero_division=0.0)
+        scores = _sklearn_metrics.precision_recall_fscore_support(
+            truth, found, labels=labels, average=mean, zero_division=0.0
+        )
         named = zip(("precision", "recall", "f1"), scores[:3], strict=True)
         result |= {f"{name}_{mean}": float(score) for name, score in named}
     return result
+
+
+def tagged(truth: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dict[str, float]:
+    """The figures of `classified` over all words of some texts; and of entities, where labels mark them as `B-TYPE`,
+    `I-TYPE` and `O`.
+
+    An entity is right if its first word, its last word and its type are, as CoNLL counts (Tjong Kim Sang and De
+    Meulder, 2003, arXiv:cs/0306050, section 2.5). An `I-` that goes on with nothing begins one.
+    """
+    labels = [[label for text in texts for label in text] for texts in (truth, found)]
+    figures = classified(*labels)
+    if not all(label == OUTSIDE or label[:2] in ("B-", "I-") for label in {*labels[0], *labels[1]}):
+        return figures
+    known, told = _entities(truth), _entities(found)
+    kinds = sorted({*known.values(), *told.values()})
+    if not kinds:
+        return figures
+    places = sorted({*known, *told})
+    pair = [[of.get(place, OUTSIDE) for place in places] for of in (known, told)]
+    return figures | {f"entity_{name}": value for name, value in _precision_recall(*pair, labels=kinds).items()}
+
+
+def _entities(texts: Sequence[Sequence[str]]) -> dict[tuple[int, int, int], str]:
+    """{(text, first word, end): type}."""
+    found: dict[tuple[int, int, int], str] = {}
+    for number, labels in enumerate(texts):
+        kind, first = "", 0
+        for place, label in enumerate([*labels, OUTSIDE]):
+            mark, _, name = label.partition("-")
+            if kind and (mark != "I" or name != kind):
+                found[number, first, place] = kind
+                kind = ""
+            if mark != OUTSIDE and not kind:
+                kind, first = name, place
+    return found
 
 
 class _Words:

@@ -24,6 +24,7 @@ from parallel.common.errors import UserError
 from parallel.common.lazy import Lazy
 
 _datasets = Lazy("datasets")
+_datasets_exceptions = Lazy("datasets.exceptions")
 
 
 class TaskKind(StrEnum):
@@ -35,10 +36,14 @@ class TaskKind(StrEnum):
     """Which of the choices is likeliest behind the prompt, as it is and by its length."""
     classification = "classification"
     """Which class a text is of: by the head for classes, else as multiple choice; with precision, recall and F1."""
+    token_classification = "token_classification"
+    """Which class each word is of, by the head for classes of tokens; of entities too."""
+    next_sentence = "next_sentence"
+    """Whether a text follows another one, by an encoder's head for it."""
     generation = "generation"
     """What is written behind the prompt, against references: BLEU, chrF, ROUGE, exact match."""
     cloze = "cloze"
-    """Which token an encoder puts in place of [MASK]."""
+    """Which token an encoder puts in place of [MASK], and which span a T5 tells for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,8 +56,12 @@ class Task:
     """A jsonl file, seen from this file; or {dataset, split, subset} for Hugging Face `datasets`."""
     prompt: str = "{text}"
     """What the model reads; of perplexity the text itself."""
-    target: str = "label"
-    """Field with the answer."""
+    target: str | None = None
+    """Field with the answer; by default `label`, of token_classification `labels`, one each word."""
+    words: str = "words"
+    """Of token_classification: the field with the words."""
+    second: str = "{second}"
+    """Of next_sentence: the text that follows the prompt, or does not; true or false is the answer."""
     choices: Any = None
     """Texts that follow the prompt, or the field that has them; of classification {label: text}."""
     group: str | None = None
@@ -66,7 +75,13 @@ class Task:
     limit: int | None = None
     """Only the first so many records."""
     decoding: dict[str, Any] = field(default_factory=dict)
-    """Of generation: tokens, temperature, top_k, top_p, beams, length_penalty, no_repeat_ngram, stop, seed."""
+    """Of generation, and of cloze by a T5: tokens, temperature, top_k, top_p, beams, length_penalty, no_repeat_ngram,
+    stop, seed."""
+
+    @property
+    def answer(self) -> str:
+        """The field with the answer."""
+        return self.target or ("labels" if self.kind is TaskKind.token_classification else "label")
 
     def options(self) -> Options:
         """How to decode.
@@ -114,24 +129,36 @@ def _records(task: Task, directory: Path) -> list[dict[str, Any]]:
     known = {"dataset", "split", "subset"}
     if not isinstance(task.data, Mapping) or "dataset" not in task.data or set(task.data) - known:
         raise UserError(f"the task {task.name}: data is {task.data!r}: expected a jsonl file, or {{dataset: NAME}}.")
+    name, split = str(task.data["dataset"]), task.data.get("split", "test")
+    place = directory / name
     try:
-        place, split = (task.data["dataset"], task.data.get("subset")), task.data.get("split", "test")
-        dataset = _datasets.load_dataset(*place, split=split)
-    except (OSError, ValueError) as error:
+        dataset = _datasets.load_dataset(str(place) if place.is_dir() else name, task.data.get("subset"), split=split)
+    except (OSError, ValueError, _datasets_exceptions.DatasetsError) as error:
         raise UserError(f"the task {task.name}: the data set cannot be read: {error}") from error
-    return [dict(record) for record in dataset]
+    named = task.choices is None and task.kind in (TaskKind.classification, TaskKind.token_classification)
+    feature = dataset.features.get(task.answer) if named else None
+    return [{**record, **_by_name(feature, task.answer, record)} for record in dataset]
 
 
-def filled(task: Task, record: Mapping[str, Any]) -> str:
-    """The prompt of a record.
+def _by_name(feature: Any, field: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The classes of a record by their names, where the data set numbers them."""
+    numbered = getattr(feature, "feature", feature)  # that of a list
+    if not hasattr(numbered, "int2str"):
+        return {}
+    return {field: numbered.int2str(record[field])}
+
+
+def filled(task: Task, record: Mapping[str, Any], template: str | None = None) -> str:
+    """The prompt of a record, or another template's text.
 
     Raises:
         UserError: the record lacks a field.
     """
+    chosen = task.prompt if template is None else template
     try:
-        return task.prompt.format_map(record)
+        return chosen.format_map(record)
     except (KeyError, IndexError, ValueError) as error:
-        said = f"prompt {task.prompt!r} cannot be filled: {error} ({_short(record)})"
+        said = f"prompt {chosen!r} cannot be filled: {error} ({_short(record)})"
         raise UserError(f"the task {task.name}: {said}") from None
 
 
@@ -141,9 +168,27 @@ def target_of(task: Task, record: Mapping[str, Any]) -> Any:
     Raises:
         UserError: it has none.
     """
-    if task.target not in record:
-        raise UserError(f"the task {task.name}: a record has no field {task.target}: {_short(record)}")
-    return record[task.target]
+    return _field(task, record, task.answer)
+
+
+def words_of(task: Task, record: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Words and their labels.
+
+    Raises:
+        UserError: they are not lists of one length.
+    """
+    words, labels = _field(task, record, task.words), target_of(task, record)
+    lists = isinstance(words, list) and isinstance(labels, list) and len(words) == len(labels) > 0
+    if not lists or not all(isinstance(word, str) for word in words):
+        told = f"{task.words} and {task.answer} are not words and a label for each"
+        raise UserError(f"the task {task.name}: {told}: {_short(record)}")
+    return words, [str(label) for label in labels]
+
+
+def _field(task: Task, record: Mapping[str, Any], name: str) -> Any:
+    if name not in record:
+        raise UserError(f"the task {task.name}: a record has no field {name}: {_short(record)}")
+    return record[name]
 
 
 def choices_of(task: Task, record: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -4,7 +4,7 @@ A causal model reads the end of a document and then the prompt, as every documen
 prompt with its end and tells what its decoder says. Several prompts are decoded together, padded on the left.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from itertools import batched
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,18 @@ class Writer:
         first = 1 if self.two_stacks else tokens.shape[1]
         return rows[:, first:].tolist()
 
+    def fill(self, prompts: Sequence[str], options: Options, *, together: int = 8) -> list[list[str]]:
+        """What a T5 tells for each `[MASK]` of each prompt; nothing where it does not say the mark of one."""
+        ends, marks = [self.tokenizer.end_of_document], of_tokenizer(self.tokenizer).sentinels.tolist()
+        torch.manual_seed(options.seed)
+        found: list[list[str]] = []
+        for portion in batched(prompts, together):
+            rows = self._generated([self.read(prompt) for prompt in portion], options, ends, None)
+            for prompt, row in zip(portion, rows, strict=True):
+                told = _between(row, marks[: prompt.count(MASK)], {*ends, self.tokenizer.padding})
+                found.append([self.tokenizer.decode(ids) for ids in told])
+        return found
+
     def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Rows of one length and which of their tokens count, [rows, longest]; an encoder's are filled on the right."""
         longest = max(len(ids) for ids in rows)
@@ -167,3 +179,17 @@ class Writer:
         length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
         text = self.tokenizer.decode([token for token in ids[:length] if token != self.tokenizer.padding])
         return text[: min((place for each in stop if (place := text.find(each)) >= 0), default=len(text))]
+
+
+def _between(row: Sequence[int], marks: Sequence[int], ends: Set[int]) -> list[list[int]]:
+    """What stands behind each mark, up to the next one or to an end."""
+    found: dict[int, list[int]] = {mark: [] for mark in marks}
+    current: list[int] = []
+    for token in row:
+        if token in ends:
+            break
+        if token in found:
+            current = found[token]
+        else:
+            current.append(token)
+    return [found[mark] for mark in marks]

@@ -1,12 +1,18 @@
-"""The families that can be read from and written to Hugging Face's format: one table."""
+"""The families that can be read from and written to Hugging Face's format: one table.
+
+With `model.classes` a head for classes stands in place of what predicts tokens (`model.hf.heads`), in any family that
+has such a class in `transformers`.
+"""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from model.config import FamilyName, ModelConfig
-from model.hf import bert, deepseek, gemma, gpt2, gpt_neox, llama, t5
+from model.config import ClassesConfig, FamilyName, ModelConfig
+from model.families import begins_anew
+from model.hf import bert, deepseek, gemma, gpt2, gpt_neox, heads, llama, t5
+from model.hf.heads import ClassHead, ClassHeads
 from model.hf.pairs import Pair
 from model.hf.settings import Settings, read, write
 from parallel.common.errors import UserError
@@ -18,7 +24,9 @@ class Family:
 
     settings: Settings
     pairs: Callable[[ModelConfig], Iterator[Pair]]
-    """Every tensor of a model whose vocabulary size is given."""
+    """Every tensor of a model that predicts tokens, whose vocabulary size is given."""
+    heads: ClassHeads = field(default_factory=dict)
+    """For classes in place of that; by default there are none."""
     prefix: str = ""
     """Begins their names, and is missing in files that hold the model without its head."""
     from_names: Callable[[Collection[str]], Mapping[str, Any]] = lambda _: {}
@@ -30,21 +38,34 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    FamilyName.gpt2: Family(settings=gpt2.GPT2, pairs=gpt2.pairs, prefix="transformer."),
-    FamilyName.llama: Family(settings=llama.LLAMA, pairs=llama.pairs),
-    FamilyName.mistral: Family(settings=llama.MISTRAL, pairs=llama.pairs),
-    FamilyName.mixtral: Family(settings=llama.MIXTRAL, pairs=partial(llama.pairs, names=llama.MIXTRAL_EXPERTS)),
-    FamilyName.qwen2: Family(settings=llama.QWEN2, pairs=llama.pairs),
-    FamilyName.qwen3: Family(settings=llama.QWEN3, pairs=llama.pairs),
-    FamilyName.qwen3_moe: Family(settings=llama.QWEN3_MOE, pairs=llama.pairs),
-    FamilyName.gpt_neox: Family(settings=gpt_neox.GPT_NEOX, pairs=gpt_neox.pairs),
-    FamilyName.gemma2: Family(settings=gemma.GEMMA2, pairs=gemma.pairs),
-    FamilyName.gemma3: Family(settings=gemma.GEMMA3, pairs=gemma.pairs),
-    FamilyName.deepseek_v2: Family(settings=deepseek.DEEPSEEK_V2, pairs=deepseek.pairs),
-    FamilyName.deepseek_v3: Family(settings=deepseek.DEEPSEEK_V3, pairs=deepseek.pairs),
+    FamilyName.gpt2: Family(
+        settings=gpt2.GPT2, pairs=gpt2.pairs, heads=heads.causal("GPT2", tokens="classifier"), prefix="transformer."
+    ),
+    FamilyName.llama: Family(settings=llama.LLAMA, pairs=llama.pairs, heads=heads.causal("Llama")),
+    FamilyName.mistral: Family(settings=llama.MISTRAL, pairs=llama.pairs, heads=heads.causal("Mistral")),
+    FamilyName.mixtral: Family(
+        settings=llama.MIXTRAL,
+        pairs=partial(llama.pairs, names=llama.MIXTRAL_EXPERTS),
+        heads=heads.causal("Mixtral"),
+    ),
+    FamilyName.qwen2: Family(settings=llama.QWEN2, pairs=llama.pairs, heads=heads.causal("Qwen2")),
+    FamilyName.qwen3: Family(settings=llama.QWEN3, pairs=llama.pairs, heads=heads.causal("Qwen3")),
+    FamilyName.qwen3_moe: Family(settings=llama.QWEN3_MOE, pairs=llama.pairs, heads=heads.causal("Qwen3Moe")),
+    FamilyName.gpt_neox: Family(
+        settings=gpt_neox.GPT_NEOX, pairs=gpt_neox.pairs, heads=heads.causal("GPTNeoX", tokens="classifier")
+    ),
+    FamilyName.gemma2: Family(settings=gemma.GEMMA2, pairs=gemma.pairs, heads=heads.causal("Gemma2")),
+    FamilyName.gemma3: Family(settings=gemma.GEMMA3, pairs=gemma.pairs, heads=heads.causal("Gemma3Text", tokens=None)),
+    FamilyName.deepseek_v2: Family(
+        settings=deepseek.DEEPSEEK_V2, pairs=deepseek.pairs, heads=heads.causal("DeepseekV2", tokens=None)
+    ),
+    FamilyName.deepseek_v3: Family(
+        settings=deepseek.DEEPSEEK_V3, pairs=deepseek.pairs, heads=heads.causal("DeepseekV3")
+    ),
     FamilyName.bert: Family(
         settings=bert.BERT,
         pairs=bert.pairs,
+        heads=heads.BERT,
         from_names=bert.from_names,
         copies=bert.COPIES,
         old_names=bert.OLD_NAMES,
@@ -87,6 +108,25 @@ def converted(config: ModelConfig) -> Family:
     return FAMILIES[config.family]
 
 
+def pairs_of(config: ModelConfig) -> list[Pair]:
+    """Every tensor of a model whose vocabulary size is given.
+
+    Raises:
+        UserError: its family is not converted, or has no such head for classes.
+    """
+    family = converted(config)
+    found = list(family.pairs(config))
+    if not config.classes.number:
+        return found
+    return [*(pair for pair in found if not begins_anew(config, pair.ours)), *_head(family, config).pairs()]
+
+
+def _head(family: Family, config: ModelConfig) -> ClassHead:
+    if config.classes.of not in family.heads:
+        raise UserError(f"a {config.family} has no class in transformers that tells classes of {config.classes.of}")
+    return family.heads[config.classes.of]
+
+
 def model_values(found: Mapping[str, Any], names: Collection[str] = ()) -> dict[str, Any]:
     """The `model:` block that a `config.json` describes, with what the names of the tensors say besides.
 
@@ -94,13 +134,28 @@ def model_values(found: Mapping[str, Any], names: Collection[str] = ()) -> dict[
         UserError: a family, key or value that is not understood; it names it.
     """
     family = family_of(found)
-    return read(family.settings, found, family=str(found["model_type"])) | dict(family.from_names(names))
+    values = read(family.settings, found, family=str(found["model_type"])) | dict(family.from_names(names))
+    for of, head in family.heads.items():
+        if head.architecture in (found.get("architectures") or ()):
+            values["classes"] = {"number": len(heads.read_labels(found)), "of": of.value}
+    return values
 
 
-def config_json(config: ModelConfig, *, sequence_length: int) -> dict[str, Any]:
+def config_json(config: ModelConfig, *, sequence_length: int, labels: tuple[str, ...] = ()) -> dict[str, Any]:
     """The `config.json` of a model, without what a tokenizer knows.
+
+    Args:
+        config: the model.
+        sequence_length: of training.
+        labels: names of the classes by number; without them they are called as `transformers` does.
 
     Raises:
         UserError: the model has something that its family cannot say.
     """
-    return write(converted(config).settings, config, model_type=config.family, sequence_length=sequence_length)
+    family = converted(config)
+    plain = replace(config, classes=ClassesConfig())
+    written = write(family.settings, plain, model_type=config.family, sequence_length=sequence_length)
+    if not config.classes.number:
+        return written
+    labels = labels or heads.unnamed(config.classes.number)
+    return written | {"architectures": [_head(family, config).architecture], **heads.written_labels(labels)}

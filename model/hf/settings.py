@@ -18,7 +18,7 @@ _NO_MATTER = frozenset(
     {
         "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype",
         "eos_token_id", "id2label", "is_decoder", "is_encoder_decoder",
-        "label2id", "max_window_layers", "model_type", "output_attentions",
+        "label2id", "max_window_layers", "model_type", "num_labels", "output_attentions",
         "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
         "router_aux_loss_coef", "router_jitter_noise", "task_specific_params", "torch_dtype", "transformers_version",
         "use_cache",

@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
+import yaml
 
+import launcher.evaluation.tasks  # so that forked ranks find it imported
+from launcher.evaluation.metrics import classified
 from launcher.verbs.conversion import export_main, import_main
 from tests.launcher.test_conversion import in_process
-from tests.launcher.tiny import configuration, run
+from tests.launcher.tiny import configuration, run, texts
+
+assert launcher.evaluation.tasks
 
 pytestmark = pytest.mark.distributed
 
@@ -58,6 +64,86 @@ def test_thirty_steps_resume_to_the_bit_and_are_exported(name: str, store: Path,
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").vocab_size > 300
     codes, said = run("generate", directory / "run", "--prompt", "iron [MASK]")
     assert codes == [0], said
+    ASKED[name](directory, again.eval(), transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"))
+
+
+def asked(directory: Path, records: list[dict[str, Any]], layout: dict[str, int], **task: Any) -> dict[str, Any]:
+    """The figures of a task, found by two ranks."""
+    (directory / "t.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (directory / "t.yaml").write_text(yaml.safe_dump({"name": "t", "data": "t.jsonl", **task}))
+    config = directory / "run" / "config.yaml"
+    kept = config.read_text()
+    config.write_text(yaml.safe_dump({**yaml.safe_load(kept), "parallel": layout}))
+    try:
+        arguments = ("--task", directory / "t.yaml", "--json", directory / "t.json")
+        codes, said = run("evaluate", directory / "run", *arguments, ranks=2)
+    finally:
+        config.write_text(kept)
+    assert codes == [0, 0], said
+    return json.loads((directory / "t.json").read_text())["tasks"]["t"]
+
+
+def pairs_are_told_as_by_transformers(directory: Path, model: Any, tokenizer: Any) -> None:
+    words = [text.split() for text in texts("pairs", 20)]
+    records = [
+        {"first": " ".join(each[:10]), "second": " ".join(each[10:20]), "label": number % 3 > 0}
+        for number, each in enumerate(words)
+    ]
+    figures = asked(directory, records, {"context": 2}, kind="next_sentence", prompt="{first}")
+    first, separator = (tokenizer.convert_tokens_to_ids(f"<|reserved_{number:02d}|>") for number in (4, 5))
+    told = []
+    for record in records:
+        one, other = (tokenizer(record[field])["input_ids"] for field in ("first", "second"))
+        ids = [first, *one, separator, *other, separator]
+        assert len(ids) <= 32
+        segments = torch.tensor([[0] * (len(one) + 2) + [1] * (len(other) + 1)])
+        with torch.no_grad():
+            answers = model(torch.tensor([ids]), token_type_ids=segments).seq_relationship_logits
+        told.append(not int(answers.argmax()))  # theirs says first that it follows
+    expected = classified([str(record["label"]) for record in records], [str(each) for each in told])
+    assert figures == {"kind": "next_sentence", "records": 20, **expected}
+
+
+def spans_are_told_as_by_transformers(directory: Path, model: Any, tokenizer: Any) -> None:
+    """Drawn, because after thirty steps the likeliest span is an empty one."""
+    prompts = ["iron ore [MASK] air fire [MASK]", "clay [MASK] slag"]
+    end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+    sentinels = [tokenizer.convert_tokens_to_ids(f"<|reserved_{number}|>") for number in (16, 17)]
+    read = []
+    for prompt in prompts:
+        parts = [tokenizer(part)["input_ids"] for part in prompt.split("[MASK]")]
+        marks = [*sentinels[: len(parts) - 1], end]
+        read.append([token for part, mark in zip(parts, marks, strict=True) for token in (*part, mark)])
+    longest = max(map(len, read))
+    tokens = torch.tensor([[*ids, *[padding] * (longest - len(ids))] for ids in read])
+    for seed in range(10):  # until both say something
+        torch.manual_seed(seed)
+        rows = model.generate(
+            tokens, attention_mask=(tokens != padding).long(), max_new_tokens=16, do_sample=True, top_k=0, top_p=1.0,
+            eos_token_id=end, pad_token_id=padding, decoder_start_token_id=padding,
+        ).tolist()  # fmt: skip
+        told = [
+            [span(row[1:], mark, {*sentinels[: prompt.count("[MASK]")], end, padding}, tokenizer) for mark in sentinels]
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
+        if told[0][0] and told[1][0]:
+            break
+    else:
+        pytest.fail("of ten draws none tells a span")
+    answers = [[told[0][0], told[0][1] + " iron"], told[1][0]]
+    records = [{"text": prompt, "label": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+    decoding = {"tokens": 16, "temperature": 1.0, "seed": seed}
+    figures = asked(directory, records, {}, kind="cloze", decoding=decoding)
+    assert figures == {"kind": "cloze", "records": 2, "accuracy": pytest.approx(2 / 3)}
+
+
+def span(row: list[int], mark: int, ends: set[int], tokenizer: Any) -> str:
+    behind = row[row.index(mark) + 1 :] if mark in row else []
+    end = next((place for place, token in enumerate(behind) if token in ends), len(behind))
+    return tokenizer.decode(behind[:end]).strip()
+
+
+ASKED = {"bert": pairs_are_told_as_by_transformers, "t5": spans_are_told_as_by_transformers}
 
 
 @pytest.mark.parametrize("name", MODELS)

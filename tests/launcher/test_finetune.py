@@ -8,22 +8,34 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+import yaml
 
+import launcher.evaluation.tasks  # so that forked ranks find it imported
 from data_pipeline.examples.kinds import CHAT_TEMPLATE, Facts
 from data_pipeline.loader import single_pass
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import Tokenizer
 from launcher import config as run_configuration
 from launcher.assemble import make_engine, vocabulary_size
+from launcher.evaluation.metrics import classified, tagged
 from launcher.objective import objective_of, plan_of
+from launcher.verbs.conversion import export_main, import_main
 from launcher.verify.world import run_world
 from parallel.checkpoint.load import load
 from parallel.config import ParallelConfig
 from parallel.topology import Topology
+from tests.launcher.test_conversion import in_process
 from tests.launcher.tiny import configuration, run, texts
+
+assert launcher.evaluation.tasks
 
 pytestmark = pytest.mark.distributed
 
+BERT: dict[str, Any] = {
+    "family": "bert", "activation": "exact_gelu", "norm": "layer", "norm_placement": "after", "position": "learned",
+    "linear_bias": True, "tie_embeddings": True, "kv_heads": None,
+}  # fmt: skip
 ANSWERS = {"iron": "ore", "clay": "fire", "air": "bellows", "slag": "hammer"}
 
 
@@ -178,6 +190,89 @@ def test_classes_are_learnt_with_a_head_that_begins_anew(base: Path, store: Path
     codes, said = run("train", again, "train.steps=3", "evaluate.every_steps=3", "optimizer.learning_rate=1e-9")
     assert codes == [0], said
     assert losses(tmp_path / "again")[-1]["validation_accuracy"] == pytest.approx(found["validation_accuracy"])
+    they_go_to_transformers_and_back(tmp_path / "tuned" / "run", tmp_path)
+
+
+def they_go_to_transformers_and_back(classifier: Path, directory: Path) -> None:
+    """Its `pipeline` on the export finds the classes that `evaluate` counts, and so does `evaluate` of an import."""
+    records = labelled(330)[300:]
+    written(directory / "held.jsonl", records)
+    task = {"name": "sort", "kind": "classification", "data": "held.jsonl"}
+    (directory / "sort.yaml").write_text(yaml.safe_dump(task))
+    figures = figures_of("sort", classifier, directory / "sort.yaml", ranks=2)
+    assert in_process(export_main, classifier, "--output", directory / "hf") == 0
+    pipeline = transformers.pipeline("text-classification", model=str(directory / "hf"))
+    found = [each["label"] for each in pipeline([record["text"] for record in records], batch_size=8)]
+    expected = classified([record["label"] for record in records], found)
+    assert {"records": 30, "kind": "classification", **expected} == figures
+    assert in_process(import_main, directory / "hf", "--output", directory / "imported") == 0
+    assert figures_of("sort", directory / "imported", directory / "sort.yaml") == figures
+    again = directory / "again-hf"
+    assert in_process(export_main, directory / "imported", "--output", again, "--no-check") == 0
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (again / name).read_bytes() == (directory / "hf" / name).read_bytes()
+    (directory / "other.yaml").write_text(yaml.safe_dump({**task, "kind": "generation"}))
+    for arguments, told in (
+        (("evaluate", classifier, "--task", directory / "other.yaml"), "expected a task of classification or token_cl"),
+        (("evaluate", classifier, "--harness", "arc_easy"), "expected a causal model that predicts tokens"),
+        (("generate", classifier), "tells classes apart and writes no text"),
+    ):
+        codes, said = run(*arguments)
+        assert (codes, told in said) == ([2], True), said
+
+
+def figures_of(name: str, checkpoint: Path, task: Path, *, ranks: int = 1) -> dict[str, Any]:
+    """What `evaluate --task` finds."""
+    codes, said = run("evaluate", checkpoint, "--task", task, "--json", task.with_suffix(".json"), ranks=ranks)
+    assert codes == [0] * ranks, said
+    return json.loads(task.with_suffix(".json").read_text())["tasks"][name]
+
+
+def words_with_labels(count: int) -> list[dict[str, list[str]]]:
+    """Texts whose entities are runs of `iron` and `ore`, and single hammers."""
+    found = []
+    for text in texts("words", count):
+        words, labels = text.split()[:12], []
+        for place, word in enumerate(words):
+            ore = word in ("iron", "ore")
+            goes_on = ore and place > 0 and labels[-1] != "O" and words[place - 1] != "hammer"
+            labels.append("B-TOOL" if word == "hammer" else f"{'I' if goes_on else 'B'}-ORE" if ore else "O")
+        found.append({"words": words, "labels": labels})
+    return found
+
+
+def test_an_encoder_learns_classes_of_words_that_transformers_finds_too(store: Path, tmp_path: Path) -> None:
+    records = words_with_labels(230)
+    file, held = (
+        written(tmp_path / name, part) for name, part in (("w.jsonl", records[30:]), ("h.jsonl", records[:30]))
+    )
+    codes, said = run("data", "examples", file, "--tokenizer", store, "--output", tmp_path / "s")
+    assert codes == [0], said
+    assert "4 classes: B-ORE, B-TOOL, I-ORE, O" in said
+    classes = {"number": 4, "of": "tokens"}
+    train = {"steps": 60, "sequence_length": 64, "global_batch_size": 8}
+    config = configuration(
+        tmp_path, tmp_path / "s", model=BERT | {"classes": classes}, train=train, parallel={"tensor": 2, "context": 2}
+    )
+    codes, said = run("train", config, ranks=4)
+    assert codes == [0] * 4, said
+    (tmp_path / "tag.yaml").write_text(
+        yaml.safe_dump({"name": "tag", "kind": "token_classification", "data": held.name})
+    )
+    figures = figures_of("tag", tmp_path / "run", tmp_path / "tag.yaml", ranks=4)
+    assert figures["entity_f1_micro"] > 0.8
+    assert in_process(export_main, tmp_path / "run", "--output", tmp_path / "hf") == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "hf").eval()
+    told = []
+    for record in records[:30]:
+        read = tokenizer(" ".join(record["words"]), return_tensors="pt", return_offsets_mapping=True)
+        starts = [first + (first > 0) for first, end in read.pop("offset_mapping")[0].tolist() if end]
+        logits = model(**read).logits[0, 1:-1]
+        places = [len(" ".join(record["words"][:number])) + (number > 0) for number in range(len(record["words"]))]
+        told.append([model.config.id2label[int(logits[starts.index(place)].argmax())] for place in places])
+    expected = tagged([record["labels"] for record in records[:30]], told)
+    assert {"records": 30, "kind": "token_classification", **expected} == pytest.approx(figures)
 
 
 def test_what_does_not_fit_is_told(base: Path, store: Path, chats: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from rouge_score import rouge_scorer
 
 import launcher.evaluation.tasks  # so that forked ranks find it imported
-from launcher.evaluation.metrics import classified, written
+from launcher.evaluation.metrics import classified, tagged, written
 from launcher.evaluation.scoring import windows
 from launcher.generation.writer import Writer
 from launcher.places import find_checkpoint
@@ -57,6 +58,41 @@ def test_classes_are_counted_as_by_hand(pairs: list[tuple[str, str]]) -> None:
     )
 
 
+MARKS = st.sampled_from(["O", "B-X", "I-X", "B-Y", "I-Y"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.tuples(MARKS, MARKS), min_size=1, max_size=8), min_size=1, max_size=5))
+def test_entities_are_counted_as_by_hand(texts: list[list[tuple[str, str]]]) -> None:
+    truth, found = ([[pair[side] for pair in text] for text in texts] for side in (0, 1))
+    figures = tagged(truth, found)
+    words = [[label for text in side for label in text] for side in (truth, found)]
+    assert classified(*words).items() <= figures.items()
+    known, told = (
+        {(number, *each) for number, text in enumerate(side) for each in runs(text)} for side in (truth, found)
+    )
+    if not known | told:
+        assert not any(name.startswith("entity") for name in figures)
+        return
+    right = len(known & told)
+    assert figures["entity_f1_micro"] == pytest.approx(2 * right / (len(known) + len(told)))
+    assert figures["entity_precision_micro"] == pytest.approx(right / max(1, len(told)))
+    assert figures["entity_recall_micro"] == pytest.approx(right / max(1, len(known)))
+    each = []
+    for kind in {entity[-1] for entity in known | told}:
+        one, other = ({entity for entity in side if entity[-1] == kind} for side in (known, told))
+        each.append(2 * len(one & other) / (len(one) + len(other)))
+    assert figures["entity_f1_macro"] == pytest.approx(np.mean(each))
+
+
+def runs(labels: list[str]) -> list[tuple[int, int, str]]:
+    """Entities as a regular expression sees them: a letter a label, small where an entity may go on."""
+    letters = "".join(
+        "." if label == "O" else label[2].upper() if label[0] == "B" else label[2].lower() for label in labels
+    )
+    return [(match.start(), match.end(), match[0][0].upper()) for match in re.finditer("[Xx]x*|[Yy]y*", letters)]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(TEXTS.filter(bool), TEXTS.filter(bool), TEXTS), min_size=1, max_size=6))
 def test_texts_are_compared_as_the_libraries_do(rows: list[tuple[str, str, str]]) -> None:
@@ -81,9 +117,8 @@ def test_windows_ask_for_each_token_once(count: int, length: int, stride: int) -
     assert [row.ids[place] for row in rows for place in row.asked] == ids[1:]
     for row in rows:
         assert len(row.ids) <= length + 1
-        assert row.asked.start >= 1
-        before = row.ids[row.asked.start]
-        assert row.asked.start >= min(before, length - stride + 1)
+        assert row.asked[0] >= 1
+        assert row.asked[0] >= min(row.ids[row.asked[0]], length - stride + 1)
 
 
 @pytest.fixture(scope="module")
