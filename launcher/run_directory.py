@@ -1,7 +1,8 @@
 """The directory of one run: what stands in it and who may write to it.
 
     config.yaml  code.json  history.jsonl  metrics.jsonl  events.jsonl  outcome.json  lock  checkpoints/  wandb/  logs/
-    logs/jobs.jsonl  evaluation.json  samples.jsonl  report.html    (of `submit`, `evaluate`, `generate`, `report`)
+    logs/jobs.jsonl  evaluation.json  tasks.jsonl  samples.jsonl  report.html    (of `submit`, `evaluate` (two),
+    `generate`, `report`)
     prediction.json  profile/  tensorboard/    (predicted beside measured; where asked for)
 
 Contract: one live process group writes to a run. The lock is an advisory lock of the operating system on the file
@@ -30,6 +31,8 @@ from parallel.common.lines import JsonLines
 
 logger = logging.getLogger(__name__)
 
+TASK = "task"
+"""The event that a checkpoint's figures of a task were found: `task` is its name, `figures` has them by name."""
 _PROBE_SECONDS = 1.0
 """Whoever only looks whether the lock is free holds it, shared, for an instant."""
 
@@ -49,6 +52,7 @@ class RunDirectory:
         self.history = JsonLines(path / "history.jsonl")
         self.events = JsonLines(path / "events.jsonl")
         self.samples = JsonLines(path / "samples.jsonl")
+        self.tasks = JsonLines(path / "tasks.jsonl")
         self.prediction = path / "prediction.json"
         self.profile = path / "profile"
         self.tensorboard = path / "tensorboard"

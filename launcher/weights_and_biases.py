@@ -31,7 +31,7 @@ from launcher import config as configuration
 from launcher.config import RunConfig, WandbConfig, WandbMode
 from launcher.metrics import flat
 from launcher.progress import Progress
-from launcher.run_directory import RunDirectory
+from launcher.run_directory import TASK, RunDirectory
 from parallel.common.files import write_text
 
 _KEY_SECONDS, _START_SECONDS, _END_SECONDS = 10, 30, 30
@@ -70,7 +70,8 @@ class WeightsAndBiases:
             self._try("stopped taking metrics", lambda: self._hand_over(records))
 
     def event(self, event: Mapping[str, Any], place: int) -> None:
-        """Files of the run at an attempt's start; an alert for what is not routine, once; samples as a table."""
+        """Files of the run at an attempt's start; an alert for what is not routine, once; samples as a table; of each task
+        the latest figures."""
         if self._run is not None and place > self._handed.events:
             self._try("stopped taking events", lambda: self._tell(event, place))
 
@@ -122,6 +123,9 @@ class WeightsAndBiases:
                 rows: list[Any] = [[event["step"], row["prompt"], row["continuation"]] for row in event["rows"]]
                 table = wandb.Table(columns=["step", "prompt", "continuation"], data=rows)
                 self._run.log({"continuations": table}, step=event["step"])
+        elif name == TASK:  # not in the history, whose steps only ascend: any checkpoint may be asked at any time
+            figures = {"step": event["step"], **event["figures"]}
+            self._run.summary.update({f"tasks/{event['task']}/{key}": value for key, value in figures.items()})
         elif name not in _ROUTINE:
             facts = {key: value for key, value in event.items() if key not in ("event", "time", "attempt")}
             said = ", ".join(f"{key} {value}" for key, value in facts.items())

@@ -21,13 +21,14 @@ from launcher.start import repository_environment
 
 MODULES = {
     "fsspec": "fsspec", "lmdb": "lmdb", "megatron-core": "megatron.core", "pyyaml": "yaml",
-    "py3langid": "py3langid.langid", "lxml-html-clean": "lxml_html_clean",
+    "py3langid": "py3langid.langid", "lxml-html-clean": "lxml_html_clean", "scikit-learn": "sklearn",
 }  # fmt: skip
 """The module of a package, where it has another name."""
 TESTED = {"torch": "2.11.0", "megatron-core": "0.19.2", "deepspeed": "0.19.8"}
 """What computes, as it was tested: the engine stands on parts of DeepSpeed that may change with any release."""
 EXTRAS = {
     "bnb": "8-bit AdamW (optimizer.name=adamw_8bit)",
+    "eval": "figures of tasks and lm-evaluation-harness (bloomery evaluate --task, --harness)",
     "fast": "another encoder, for the tokenizers that it knows; its gain was not measured here",
     "filters": "filters by language",
     "hf": "the check of logits when weights go to and come from Hugging Face",
@@ -93,6 +94,8 @@ def wanted() -> list[Wanted]:
     found = []
     for text in distribution("bloomery").requires or []:
         requirement = Requirement(text)
+        if requirement.name == "bloomery":  # an extra that takes another one in, which has its own line
+            continue
         extra = next((name for name in EXTRAS if _only_with(requirement, name)), "")
         applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         if extra or applies:

@@ -1,18 +1,26 @@
-"""`bloomery evaluate CHECKPOINT --task FILE`, and `--harness NAME`: figures, written to tasks.jsonl in the run."""
+"""`bloomery evaluate CHECKPOINT --task FILE`, and `--harness NAME`: figures, kept in the run and told to its tracker.
 
+They stand in `tasks.jsonl`, which the report shows, and in `events.jsonl`. Weights & Biases is a copy of that: the
+training tells it what it finds there; where none is running, it is told from here.
+"""
+
+import time
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from launcher.config import WandbMode
 from launcher.evaluation.asking import Asked, ask
 from launcher.evaluation.harness import run_harness
 from launcher.outcome import Outcome
+from launcher.run_directory import TASK, Lock
 from launcher.runtime import in_ranks
+from launcher.tracking import Tracker
 from launcher.verbs.evaluate import TaskJob
+from launcher.weights_and_biases import WeightsAndBiases
 from launcher.work import Ranks
 from parallel.common.files import hash_file, write_json
-from parallel.common.lines import JsonLines
 
 
 def work(job: TaskJob) -> int:
@@ -29,6 +37,7 @@ def _asked(job: TaskJob, ranks: Ranks) -> Outcome:
         found |= run_harness(asked, job.harness, job.include, few_shot=job.few_shot, limit=job.limit)
     if ranks.rank == 0:
         keep(job, found)
+        tell(job)
         show(job.checkpoint.path.name, found)
     return Outcome(attempt=ranks.attempt, exit_code=0, message=f"{len(found)} tasks")
 
@@ -40,11 +49,21 @@ def keep(job: TaskJob, found: dict[str, dict[str, Any]]) -> None:
         "checksum": hash_file(job.checkpoint.path / "manifest.json"),
         "step": job.checkpoint.manifest.step,
     }
-    lines = JsonLines(job.checkpoint.run.path / "tasks.jsonl")
+    run = job.checkpoint.run
+    known = {"time": time.time(), "event": TASK, "attempt": "", "step": identity["step"]}
     for name, figures in found.items():
-        lines.append({**identity, "task": name, **figures})
+        run.tasks.append({**identity, "task": name, **figures})
+        run.events.append({**known, "task": name, "figures": figures})
     if job.copy is not None:
         write_json(job.copy, {**identity, "tasks": found})
+
+
+def tell(job: TaskJob) -> None:
+    """Connects a run that was trained here and is not being trained to Weights & Biases, and tells its events."""
+    run, config = job.checkpoint.run, job.checkpoint.config()
+    trained = run.metrics.path.is_file() and not Lock.held(run.lock)
+    if trained and config.tracking.wandb.mode is not WandbMode.disabled:
+        Tracker(metrics=None, events=run.events.path, sinks=[WeightsAndBiases.of(config, run.path)]).close(0)
 
 
 def show(checkpoint: str, found: dict[str, dict[str, Any]]) -> None:

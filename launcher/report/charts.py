@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from launcher.run_directory import TASK
+
 _PHASES = {
     "time_data_seconds": "data",
     "time_forward_backward_seconds": "forward and backward",
@@ -17,7 +19,7 @@ _PHASES = {
     "time_save_seconds": "saving",
 }
 _SAVED = "saved"
-_QUIET = frozenset(("started", "finished", "samples"))
+_QUIET = frozenset(("started", "finished", "samples", TASK))
 """Events that the ends of a curve show already, or that stand elsewhere on the page."""
 Records = Sequence[dict[str, Any]]
 

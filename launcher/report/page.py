@@ -22,7 +22,7 @@ from launcher.report.markup import asset, corpus, document, read_json, section, 
 from launcher.run_directory import RunDirectory
 from parallel.common.units import format_bytes, format_count
 
-_SAMPLES_SHOWN = 20
+_SAMPLES_SHOWN, _CHECKPOINTS_SHOWN = 20, 5
 
 
 def page(run: RunDirectory) -> str:
@@ -34,7 +34,7 @@ def page(run: RunDirectory) -> str:
     body = [
         _summary(run, records),
         section("Curves", _curves([_drawn(run, records)])),
-        section("Evaluation", _evaluation(read_json(run.path / result.NAME))),
+        section("Evaluation", _evaluation(run)),
         section("Samples", _samples(list(run.samples))),
         section("Corpus", missing if report is None else corpus(report)),
         section("Attempts", _attempts(list(run.history))),
@@ -79,8 +79,7 @@ def _last_figures(drawn: Sequence[Curves]) -> str:
 def _evaluations(runs: Sequence[RunDirectory], drawn: Sequence[Curves]) -> str:
     parts = []
     for run, curves in zip(runs, drawn, strict=True):
-        found = read_json(run.path / result.NAME)
-        parts.append(f"<h3>{html.escape(curves.name)}</h3>\n{_evaluation(found)}")
+        parts.append(f"<h3>{html.escape(curves.name)}</h3>\n{_evaluation(run)}")
     return "\n".join(parts)
 
 
@@ -129,13 +128,33 @@ def _curves(runs: Sequence[Curves]) -> str:
     return f'<div class="charts">{"".join(parts)}</div>'
 
 
-def _evaluation(found: Mapping[str, Any] | None) -> str:
+def _evaluation(run: RunDirectory) -> str:
+    """On the validation documents, and of tasks."""
+    found, asked = read_json(run.path / result.NAME), _tasks(list(run.tasks))
     if found is None:
-        return "<p>Not evaluated yet: <code>bloomery evaluate</code> does it.</p>"
+        return asked or "<p>Not evaluated yet: <code>bloomery evaluate</code> does it.</p>"
     note = (
         f"{result.measure(found)} on documents that training never saw, {found['checkpoint']}. {result.legend(found)}"
     )
-    return f"<p>{html.escape(note)}</p>\n{table(*result.table(found))}"
+    return f"<p>{html.escape(note)}</p>\n{table(*result.table(found))}\n{asked}"
+
+
+def _tasks(lines: Sequence[Mapping[str, Any]]) -> str:
+    """A column a checkpoint, the newest ones, with the latest figures of each task."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for line in lines:
+        for figure, value in line.items():
+            if isinstance(value, float):
+                found.setdefault((line["task"], figure), {})[line["step"]] = value
+    if not found:
+        return ""
+    steps = sorted({step for values in found.values() for step in values})[-_CHECKPOINTS_SHOWN:]
+    rows = [
+        (*names, *(f"{values[step]:.4f}" if step in values else "" for step in steps))
+        for names, values in found.items()
+        if not values.keys().isdisjoint(steps)
+    ]
+    return table(("task", "figure", *(f"step {step:,}" for step in steps)), rows, text_columns=(0, 1))
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:

@@ -53,6 +53,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory, store: Path) -> RunDirec
     found = RunDirectory(place / "run")
     evil = "</script></pre><script>alert(1)</script>"
     found.samples.append({"prompt": evil, "continuation": evil, "checkpoint": evil, "temperature": 0.0})
+    for step, accuracy in ((8, 0.25), (12, 0.5), (12, 0.75)):
+        found.tasks.append({"step": step, "task": f"sort{evil}", "records": 4, "accuracy": accuracy})
     return found
 
 
@@ -73,6 +75,8 @@ def test_the_page_stands_alone_and_says_everything(directory: RunDirectory) -> N
     losses = {trace["name"]: trace["y"] for trace in figures[0]["data"]}
     assert losses["training"] == [record["loss"] for record in directory.metrics]
     assert len(losses["validation"]) == 3
+    assert '<th class="number">step 8</th><th class="number">step 12</th>' in page(directory)
+    assert '<td>accuracy</td><td class="number">0.2500</td><td class="number">0.7500</td>' in page(directory)
 
 
 def test_texts_cannot_break_out(directory: RunDirectory) -> None:

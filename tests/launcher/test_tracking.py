@@ -16,6 +16,7 @@ import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2
 
+import launcher.evaluation.tasks  # so that forked ranks find it imported
 from data_pipeline.batch_sizes import BatchSizes
 from launcher import weights_and_biases
 from launcher.config import WandbConfig, WandbMode
@@ -25,6 +26,8 @@ from launcher.tracking import Tracker
 from launcher.weights_and_biases import WeightsAndBiases
 from tests.launcher.tiny import configuration, environment, run, start
 from tests.launcher.wandb_server import serving
+
+assert launcher.evaluation.tasks
 
 _HEADER_BYTES, _BLOCK_BYTES = 7, 32768
 _FULL, _LAST = 1, 4
@@ -53,6 +56,7 @@ def read_back(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     kept: list[str] = []
     alerts: list[str] = []
+    summary: dict[str, Any] = {}
     facts: dict[str, Any] = {}
     for data in messages(file.read_bytes()):
         record = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
@@ -65,9 +69,11 @@ def read_back(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             facts = {"id": record.run.run_id, "project": record.run.project, "name": record.run.display_name}
         if record.HasField("artifact"):
             kept.append(record.artifact.type)
+        for item in record.summary.update:
+            summary[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
         if record.HasField("alert"):
             alerts.append(f"{record.alert.level} {record.alert.title}")
-    return rows, {**facts, "artifacts": kept, "alerts": alerts}
+    return rows, {**facts, "artifacts": kept, "alerts": alerts, "summary": summary}
 
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -112,6 +118,19 @@ def test_an_offline_run_is_one_run_over_restarts_and_syncs_without_a_step_twice(
     assert [alert.split()[-1] for alert in facts["alerts"]] == ["loss_spike", "hung", "resumed"]
     assert [row["_step"] for row in rows] == list(range(1, 15))
     assert [row["loss"] for row in rows] == [record["loss"] for record in directory.metrics]
+    (tmp_path / "choose.yaml").write_text(
+        "{name: choose, kind: multiple_choice, data: choose.jsonl, choices: [iron, ore]}"
+    )
+    (tmp_path / "choose.jsonl").write_text('{"text": "air", "label": "ore"}\n')
+    codes, said = run("evaluate", f"{directory.path}@8", "--task", tmp_path / "choose.yaml")
+    assert codes == [0], said
+    (line,) = directory.tasks
+    files = sorted((directory.path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2
+    rows, asked = read_back(files[1])
+    assert (rows, asked["id"], asked["alerts"], asked["artifacts"]) == ([], facts["id"], [], [])
+    assert asked["summary"]["tasks/choose/accuracy"] == line["accuracy"]
+    assert asked["summary"]["tasks/choose/step"] == 8
     for file in directory.path.rglob("*"):
         assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
     with serving() as server:
