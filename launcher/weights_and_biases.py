@@ -70,8 +70,8 @@ class WeightsAndBiases:
             self._try("stopped taking metrics", lambda: self._hand_over(records))
 
     def event(self, event: Mapping[str, Any], place: int) -> None:
-        """Files of the run at an attempt's start; an alert for what is not routine, once; samples as a table; of each task
-        the latest figures."""
+        """Files of the run at an attempt's start; an alert for what is not routine, once; samples as a table; the
+        latest figures of each task."""
         if self._run is not None and place > self._handed.events:
             self._try("stopped taking events", lambda: self._tell(event, place))
 

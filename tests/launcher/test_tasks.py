@@ -22,9 +22,11 @@ from rouge_score import rouge_scorer
 import launcher.evaluation.tasks  # so that forked ranks find it imported
 from launcher.evaluation.metrics import classified, tagged, written
 from launcher.evaluation.scoring import windows
+from launcher.evaluation.task import read_task
 from launcher.generation.writer import Writer
 from launcher.places import find_checkpoint
 from launcher.verbs.conversion import export_main
+from parallel.common.errors import UserError
 from tests.launcher.test_conversion import in_process
 from tests.launcher.test_generate import alone
 from tests.launcher.tiny import configuration, run, texts
@@ -160,10 +162,12 @@ def test_figures_are_the_same_in_layouts_and_in_transformers(trained: Path, stor
     sort = {"kind": "classification", "prompt": "{text}", "choices": {"x": " ore", "y": " clay"}}
     files = [
         task(tmp_path, documents, name="long", kind="perplexity", group="origin", stride=8),
-        task(tmp_path, choices, name="choose", **ask),
+        task(tmp_path, choices, name="choose", **ask | {"data": {"dataset": "chosen"}}),
         task(tmp_path, [{"text": "iron", "label": "x"}, {"text": "air", "label": "y"}], name="sort", **sort),
         task(tmp_path, [{"text": "iron", "label": "ore"}], name="write", kind="generation", decoding={"tokens": 4}),
     ]  # fmt: skip
+    (tmp_path / "chosen").mkdir()
+    (tmp_path / "choose.jsonl").rename(tmp_path / "chosen" / "test.jsonl")
     arguments = [word for file in files for word in ("--task", file)]
     found = {}
     for name, layout in {"one": {}, "tp2-pp2": {"tensor": 2, "pipeline": 2}, "cp2": {"context": 2}}.items():
@@ -198,6 +202,42 @@ def test_figures_are_the_same_in_layouts_and_in_transformers(trained: Path, stor
     assert len((trained / "tasks.jsonl").read_text().splitlines()) == 12
 
 
+DESCRIBED = """---
+dataset_info:
+  features:
+  - {name: text, dtype: string}
+  - {name: label, dtype: {class_label: {names: {'0': early, '1': late}}}}
+  - {name: words, list: string}
+  - {name: tags, list: {class_label: {names: {'0': O, '1': B-ORE}}}}
+---
+"""
+
+
+def test_a_data_set_is_read_with_the_names_of_its_classes(tmp_path: Path) -> None:
+    records = [{"text": "iron", "label": 1, "words": ["iron", "ore"], "tags": [1, 0]}]
+    ask = {"data": {"dataset": "known"}, "name": "t"}
+    file = task(tmp_path, records, kind="classification", **ask)
+    (tmp_path / "known").mkdir()
+    (tmp_path / "known" / "README.md").write_text(DESCRIBED)
+    (tmp_path / "t.jsonl").rename(tmp_path / "known" / "test.jsonl")
+    for changed, field, value in (
+        ({"kind": "classification"}, "label", "late"),
+        ({"kind": "token_classification", "target": "tags"}, "tags", ["B-ORE", "O"]),
+        ({"kind": "multiple_choice", "choices": ["a", "b"]}, "label", 1),
+    ):
+        file.write_text(yaml.safe_dump({**ask, **changed}))
+        (_, (found,)) = read_task(file)
+        assert (found["text"], found[field]) == ("iron", value)
+    for wrong, told in (
+        ({"dataset": "nowhere/at-all"}, "cannot be read"),
+        ({"dataset": "known", "split": "train"}, "cannot be read"),
+        ({"dataset": "known", "rows": 3}, "expected a jsonl file"),
+    ):
+        file.write_text(yaml.safe_dump({**ask, "kind": "cloze", "data": wrong}))
+        with pytest.raises(UserError, match=told):
+            read_task(file)
+
+
 HARNESS = {
     "task": "furnace", "dataset_path": "json", "output_type": "multiple_choice", "test_split": "test",
     "doc_to_text": "{{question}}", "doc_to_choice": "{{options}}", "doc_to_target": "{{answer}}",
@@ -224,7 +264,13 @@ def test_the_harness_gives_the_numbers_of_its_own_model(trained: Path, tmp_path:
         "doc_to_text": "", "doc_to_target": "{{question}}", "dataset_kwargs": {"data_files": {"test": str(data)}},
         "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
     }  # fmt: skip
-    for content in (choose, read):
+    write = {
+        "task": "writing", "dataset_path": "json", "output_type": "generate_until", "test_split": "test",
+        "doc_to_text": "{{question}}", "doc_to_target": "{{question}}",
+        "dataset_kwargs": {"data_files": {"test": str(data)}}, "metric_list": [{"metric": "chrf"}],
+        "generation_kwargs": {"until": [" clay"], "max_gen_toks": 8, "do_sample": False},
+    }  # fmt: skip
+    for content in (choose, read, write):
         (tmp_path / "tasks" / f"{content['task']}.yaml").write_text(yaml.safe_dump(content))
     assert in_process(export_main, trained, "--output", tmp_path / "hf") == 0
     script = (
@@ -232,8 +278,8 @@ def test_the_harness_gives_the_numbers_of_its_own_model(trained: Path, tmp_path:
         "from lm_eval.tasks import TaskManager\n"
         "model, tasks, answer = sys.argv[1:]\n"
         "found = lm_eval.simple_evaluate(model='hf', model_args=dict(pretrained=model, dtype='float32', max_length=32),"
-        " tasks=['furnace', 'reading'], task_manager=TaskManager(include_path=tasks), device='cpu', batch_size=4,"
-        " bootstrap_iters=0, log_samples=False)\n"
+        " tasks=['furnace', 'reading', 'writing'], task_manager=TaskManager(include_path=tasks), device='cpu',"
+        " batch_size=4, bootstrap_iters=0, log_samples=False)\n"
         "json.dump(found['results'], open(answer, 'w'))\n"
     )
     words = [sys.executable, "-c", script, *map(str, (tmp_path / "hf", tmp_path / "tasks", tmp_path / "theirs.json"))]
@@ -244,7 +290,8 @@ def test_the_harness_gives_the_numbers_of_its_own_model(trained: Path, tmp_path:
     kept = config.read_text()
     config.write_text(yaml.safe_dump({**yaml.safe_load(kept), "parallel": {"tensor": 2}}))
     try:
-        named = ("--harness", "furnace", "--harness", "reading", "--include", tmp_path / "tasks")
+        named = [word for name in ("furnace", "reading", "writing") for word in ("--harness", name)]
+        named += ["--include", tmp_path / "tasks"]
         codes, said = run("evaluate", trained, *named, "--json", tmp_path / "ours.json", ranks=2)
     finally:
         config.write_text(kept)
@@ -256,7 +303,8 @@ def test_the_harness_gives_the_numbers_of_its_own_model(trained: Path, tmp_path:
             if "stderr" not in figure:
                 assert value == pytest.approx(theirs[name][f"{figure},none"], abs=1e-4), (name, figure)
                 compared += 1
-    assert compared >= 4
+    assert compared >= 5
+    assert 0 < ours["writing"]["chrf"] < 100
     assert run("evaluate", trained, "--harness", "nothing_like_it")[0] == [2]
 
 
