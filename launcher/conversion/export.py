@@ -201,7 +201,7 @@ def _write_descriptions(directory: Path, job: ExportJob, config: RunConfig, mode
         else:
             tokenizer.save(directory / "tokenizer.json")
         write_json(directory / "tokenizer_config.json", _tokenizer_config(tokenizer, config, facts))
-    labels = () if facts is None else facts.labels
+    labels = labels_of(job.checkpoint, config)
     described = config_json(model, sequence_length=config.train.sequence_length, labels=labels)
     _write_plain(directory / "config.json", {**described, **ids, "dtype": job.dtype})
     if not model.classes.number:
@@ -231,6 +231,23 @@ def tokenizer_of(checkpoint: Checkpoint, config: RunConfig) -> Tokenizer | None:
 def facts_of(checkpoint: Checkpoint, config: RunConfig) -> Facts | None:
     """What the examples are that a run learnt from, or the classes that were imported with the weights."""
     return Facts.read(Path(config.data.store)) or Facts.read(checkpoint.run.path)
+
+
+def labels_of(checkpoint: Checkpoint, config: RunConfig) -> tuple[str, ...]:
+    """Names of the classes that a model tells apart, by number; empty where it has no head for them, or none is known.
+
+    Raises:
+        UserError: there are more or fewer names than classes.
+    """
+    facts, number = facts_of(checkpoint, config), config.model.classes.number
+    if facts is None or not number:
+        return ()
+    if len(facts.labels) != number:
+        raise UserError(
+            f"{checkpoint.path} tells {number} classes apart, and {config.data.store} has {len(facts.labels)}, "
+            f"{', '.join(facts.labels)}: it is not the store that the run learnt from."
+        )
+    return facts.labels
 
 
 def needed_tokenizer(checkpoint: Checkpoint, config: RunConfig) -> Tokenizer:

@@ -15,7 +15,7 @@ from data_pipeline.marks import of_tokenizer
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import Tokenizer
 from launcher.config import RunConfig
-from launcher.conversion.export import around, facts_of, needed_tokenizer
+from launcher.conversion.export import around, labels_of, needed_tokenizer
 from launcher.evaluation.baselines import bits_per_byte
 from launcher.evaluation.metrics import classified, tagged, written
 from launcher.evaluation.scoring import Row, Scorer, windows
@@ -161,10 +161,15 @@ def _classification(asked: Asked, task: Task, records: Records) -> Found:
 
 def _labels(asked: Asked, task: Task, of: Classified) -> tuple[str, ...]:
     """Names of the classes that the head tells apart."""
-    facts, classes = facts_of(asked.checkpoint, asked.config), asked.config.model.classes
-    if facts is None or not classes.number or classes.of is not of:
+    classes = asked.config.model.classes
+    if not classes.number or classes.of is not of:
         raise UserError(f"the task {task.name} asks for classes of {of.value}, for which the checkpoint has no head.")
-    return facts.labels
+    labels = labels_of(asked.checkpoint, asked.config)
+    if not labels:
+        raise UserError(
+            f"the task {task.name} needs the names of the classes: expected them in {asked.config.data.store}."
+        )
+    return labels
 
 
 def _classes(asked: Asked, task: Task, records: Records) -> list[str]:

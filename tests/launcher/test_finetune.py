@@ -12,7 +12,7 @@ import transformers
 import yaml
 
 import launcher.evaluation.tasks  # so that forked ranks find it imported
-from data_pipeline.examples.kinds import CHAT_TEMPLATE, Facts
+from data_pipeline.examples.kinds import CHAT_TEMPLATE, Facts, Kind
 from data_pipeline.loader import single_pass
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import Tokenizer
@@ -219,6 +219,9 @@ def they_go_to_transformers_and_back(classifier: Path, directory: Path) -> None:
     ):
         codes, said = run(*arguments)
         assert (codes, told in said) == ([2], True), said
+    Facts(kind=Kind.text_classes, labels=("early", "late", "never")).write(directory / "s")
+    codes, said = run("evaluate", classifier, "--task", directory / "sort.yaml")
+    assert (codes, "tells 2 classes apart, and" in said) == ([2], True), said
 
 
 def figures_of(name: str, checkpoint: Path, task: Path, *, ranks: int = 1) -> dict[str, Any]:
