@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python -P
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slurm docs-test lint format reference bench faults-table clean
+.PHONY: help venv quickstart test test-slurm docs-test soak lint format reference bench faults-table clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -15,14 +15,23 @@ venv: ## find Python >= 3.12, make .venv, install
 quickstart: venv ## from raw text to a trained model; DATA=path takes your own jsonl, parquet or txt
 	@env -u OMP_NUM_THREADS .venv/bin/python -m launcher quickstart $(if $(DATA),--data $(DATA))
 
+# Tests of one group share what they set up; everything else goes one by one to whoever is free, the slow ones first.
+SPREAD := --dist loadgroup --no-loadscope-reorder --maxprocesses 8
+
 test: venv ## the tests
-	@$(PYTHON) -m pytest -n $$((2 * $$(env -u OMP_NUM_THREADS nproc))) --maxprocesses 8
+	@$(PYTHON) -m pytest $(SPREAD) -n $$((2 * $$(env -u OMP_NUM_THREADS nproc)))
 
 test-slurm: venv ## all faults of a cluster, on a real Slurm of four nodes (as root; installs Debian's packages)
-	@BLOOMERY_TEST_SLURM=1 $(PYTHON) -m pytest -n 3 tests/slurm
+	@$(PYTHON) -m pytest -n 3 -m slurm tests/slurm
 
 docs-test: venv ## run every command of README and docs/ that a CPU can run (a quarter of an hour)
 	@PYTHONPATH=. $(PYTHON) -m tests.accept_docs
+
+soak: venv ## the long proofs: tests that `make test` has no time for, kills and faults by the hundred (an hour)
+	@$(PYTHON) -m pytest $(SPREAD) -n $$((2 * $$(env -u OMP_NUM_THREADS nproc))) -m "long and not slurm"
+	@set -e; for proof in "kill_resume.py --rounds 200" "kill_corpus.py --rounds 50" "chaos.py --minutes 30"; do \
+	    echo "== $$proof"; .venv/bin/python benchmarks/$$proof; \
+	done
 
 lint: venv ## ruff and pyright
 	@$(PYTHON) -m ruff check .

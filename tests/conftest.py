@@ -7,6 +7,8 @@ import os
 import warnings
 from pathlib import Path
 
+import pytest
+
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -26,3 +28,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import megatron.core.models.hybrid.hybrid_model  # noqa: F401
     from deepspeed.runtime import engine  # noqa: F401
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is `slow` begins first, whichever worker takes it."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

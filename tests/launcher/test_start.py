@@ -43,6 +43,7 @@ def begun(tmp_path: Path, store: Path) -> tuple[subprocess.Popen[str], list[int]
 
 
 def test_from_training_to_the_report_with_the_public_commands(tmp_path: Path, store: Path) -> None:
+    """The first in processes of their own, as torchrun starts them; the others' own start is the same."""
     config = configuration(tmp_path, store, tracking={"wandb": {"mode": "offline"}})
     trained = bloomery("train", config, "--ranks", "2")
     assert trained.returncode == 0, trained.stderr
@@ -51,17 +52,16 @@ def test_from_training_to_the_report_with_the_public_commands(tmp_path: Path, st
     assert lines[0].startswith("model: 40.1K parameters")
     assert all(line.startswith(("model:", "layout:", "step ", "finished:")) for line in lines), trained.stdout
     run = tmp_path / "run"
-    evaluated = bloomery("evaluate", run, "--ranks", "2", "--json", tmp_path / "e.json")
-    assert evaluated.returncode == 0, evaluated.stderr
+    codes, evaluated = forked("evaluate", run, "--json", tmp_path / "e.json", ranks=2)
+    assert codes == [0, 0], evaluated
     assert (tmp_path / "e.json").read_bytes() == (run / "evaluation.json").read_bytes()
     codes, again = forked("evaluate", f"{run}@12", ranks=2)
-    assert codes == [0, 0]
-    assert evaluated.stdout.startswith(again.splitlines()[0])
-    generated = bloomery("generate", run, "--prompt", "iron", "--tokens", "4")
-    assert generated.returncode == 0, generated.stderr
-    assert generated.stdout.startswith("iron")
-    reported = bloomery("report", run)
-    assert reported.stdout == f"written to {run}/report.html\n"
+    assert codes == [0, 0], again
+    assert evaluated.startswith(again.splitlines()[0])
+    codes, generated = forked("generate", run, "--prompt", "iron", "--tokens", "4")
+    assert codes == [0], generated
+    assert generated.startswith("iron")
+    assert forked("report", run) == ([0], f"written to {run}/report.html\n")
 
 
 def test_a_signal_to_the_starter_saves_and_says_requeue(tmp_path: Path, store: Path) -> None:
@@ -83,6 +83,7 @@ def test_ranks_die_with_their_starter(tmp_path: Path, store: Path) -> None:
     until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in below), seconds=10)
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_ends_the_call_with_1(tmp_path: Path, store: Path) -> None:
     process, below = begun(tmp_path, store)
     os.kill(below[-1], signal.SIGKILL)

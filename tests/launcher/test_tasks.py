@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from hypothesis import given, settings
 from rouge_score import rouge_scorer
 
 import launcher.evaluation.tasks  # so that forked ranks find it imported
+from launcher.evaluation import harness
 from launcher.evaluation.metrics import classified, tagged, written
 from launcher.evaluation.scoring import windows
 from launcher.evaluation.task import read_task
@@ -247,8 +246,11 @@ HARNESS = {
 
 @pytest.mark.distributed
 @pytest.mark.truth
-def test_the_harness_gives_the_numbers_of_its_own_model(trained: Path, tmp_path: Path) -> None:
+def test_the_harness_gives_the_numbers_of_its_own_model(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through our backend on two tensor ranks, and through `hf` on the exported weights."""
+    known_here = partial(harness.TaskManager, include_defaults=False)
     rng = np.random.default_rng(0)
     words = ["iron", "ore", "fire", "clay", "air", "slag"]
     lines = []
@@ -273,19 +275,16 @@ def test_the_harness_gives_the_numbers_of_its_own_model(trained: Path, tmp_path:
     for content in (choose, read, write):
         (tmp_path / "tasks" / f"{content['task']}.yaml").write_text(yaml.safe_dump(content))
     assert in_process(export_main, trained, "--output", tmp_path / "hf") == 0
-    script = (
-        "import json, lm_eval, sys\n"
-        "from lm_eval.tasks import TaskManager\n"
-        "model, tasks, answer = sys.argv[1:]\n"
-        "found = lm_eval.simple_evaluate(model='hf', model_args=dict(pretrained=model, dtype='float32', max_length=32),"
-        " tasks=['furnace', 'reading', 'writing'], task_manager=TaskManager(include_path=tasks), device='cpu',"
-        " batch_size=4, bootstrap_iters=0, log_samples=False)\n"
-        "json.dump(found['results'], open(answer, 'w'))\n"
-    )
-    words = [sys.executable, "-c", script, *map(str, (tmp_path / "hf", tmp_path / "tasks", tmp_path / "theirs.json"))]
-    done = subprocess.run(words, capture_output=True, text=True, env=os.environ, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    theirs = json.loads((tmp_path / "theirs.json").read_text())
+
+    def by_its_own() -> dict[str, Any]:
+        return harness.lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(tmp_path / "hf"), "dtype": "float32", "max_length": 32},
+            tasks=["furnace", "reading", "writing"], device="cpu", batch_size=4, bootstrap_iters=0, log_samples=False,
+            task_manager=known_here(include_path=str(tmp_path / "tasks")),
+        )["results"]  # fmt: skip
+
+    theirs = alone(by_its_own)
     config = trained / "config.yaml"
     kept = config.read_text()
     config.write_text(yaml.safe_dump({**yaml.safe_load(kept), "parallel": {"tensor": 2}}))
@@ -305,7 +304,10 @@ def test_the_harness_gives_the_numbers_of_its_own_model(trained: Path, tmp_path:
                 compared += 1
     assert compared >= 5
     assert 0 < ours["writing"]["chrf"] < 100
-    assert run("evaluate", trained, "--harness", "nothing_like_it")[0] == [2]
+    monkeypatch.setattr(harness, "TaskManager", known_here)
+    codes, said = run("evaluate", trained, "--harness", "nothing_like_it")
+    assert codes == [2]
+    assert "no task nothing_like_it is known" in said
 
 
 def test_what_is_wrong_with_a_task_is_one_sentence(trained: Path, tmp_path: Path) -> None:

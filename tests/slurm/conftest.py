@@ -1,6 +1,5 @@
 """A cluster for each test, the tiny corpus, and runs to which nothing happened."""
 
-import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -10,18 +9,6 @@ import pytest
 from tests.launcher.tiny import make_store, run
 from tests.slurm.cluster import Cluster, running, why_not
 from tests.slurm.jobs import Step, steps_of, tiny_run
-
-EVERYTHING = "BLOOMERY_TEST_SLURM"
-"""Set by `make test-slurm`: also those that `make test` has no time for."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here needs a Slurm; what is marked `slow` runs by `make test-slurm` alone."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.slurm)
-            if item.get_closest_marker("slow") and not os.environ.get(EVERYTHING):
-                item.add_marker(pytest.mark.skip(reason="`make test-slurm` runs it"))
 
 
 @pytest.fixture(scope="session")

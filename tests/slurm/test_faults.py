@@ -16,6 +16,8 @@ from tests.launcher.tiny import run
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.jobs import Job, Step, measured, steps_of, submit, tiny_run
 
+pytestmark = pytest.mark.slurm
+
 Undisturbed = Callable[..., list[Step]]
 
 
@@ -35,31 +37,41 @@ def gone_on_with(job: Job, undisturbed: list[Step]) -> None:
     assert steps_of(job.run) == undisturbed
 
 
+@pytest.mark.slow
+@pytest.mark.fault(
+    number=4,
+    fault="`scontrol requeue` while it trains",
+    holds="saved and started again, no step lost, the same bits",
+    back_after=70.0,
+)
 @pytest.mark.fault(
     number=8,
     fault="scancel while it trains, and while it waits",
     holds="CANCELLED and stays so, the checkpoint is whole, nothing is left",
     back_after="never: it was cancelled",
 )
-def test_a_cancelled_job_stays_cancelled(
+def test_a_job_is_requeued_and_a_cancelled_one_stays_cancelled(
     cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed
 ) -> None:
     job = submit(cluster, tiny_run(tmp_path, store, "cancelled"), pace_seconds=0.1)
-    job.reached(15)
     waiting = submit(cluster, tiny_run(tmp_path, store, "waiting"), nodes=4, cpus_per_node=16)
+    job.reached(12)
     assert waiting.state == "PENDING"
+    cluster.run("scontrol", "requeue", job.identity)
+    job.reached(15, attempts=2)
+    assert [attempt["steps_lost"] for attempt in job.attempts()] == [0, 0]
     cluster.run("scancel", job.identity, waiting.identity)
     for each in (job, waiting):
         each.ended("CANCELLED")
     until(lambda: not cluster.left_over(), 60, f"nothing left: {cluster.left_over()}")
     time.sleep(10)  # a requeued job would wait for 5
-    for each in (job, waiting):
-        assert (each.state, each.field("Restarts")) == ("CANCELLED", "0")
-    assert len(job.attempts()) == 1
+    for each, restarts in ((job, "1"), (waiting, "0")):
+        assert (each.state, each.field("Restarts")) == ("CANCELLED", restarts)
+    assert len(job.attempts()) == 2
     gone_on_with(job, undisturbed())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(
     number=8,
     fault="scancel during a save, and between a requeue and the next start",
@@ -88,7 +100,7 @@ def test_a_job_cancelled_at_the_worst_time_stays_cancelled(
         gone_on_with(each, undisturbed())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(
     number=5,
     fault="the time limit comes near: USR1, perhaps before the first step",
@@ -111,7 +123,7 @@ def test_time_limit(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: 
     gone_on_with(job, undisturbed())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(
     number=7,
     fault="a job of a higher partition takes all nodes",
@@ -131,7 +143,7 @@ def test_preemption(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: 
     went_on(job, undisturbed(), attempts=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(
     number=4,
     fault="a node loses power: the one that runs the batch script, or another",
@@ -152,7 +164,7 @@ def test_power_cut(which: int, cluster: Cluster, tmp_path: Path, store: Path, un
     went_on(job, undisturbed(), attempts=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(
     number=15,
     fault="slurmctld dies and is back after 3 s; then slurmd dies and is back after 3 s",
@@ -175,7 +187,7 @@ def test_daemons_that_come_back(cluster: Cluster, tmp_path: Path, store: Path, u
     assert job.field("Restarts") == "0"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(
     number=15,
     fault="slurmd dies and does not come back",
@@ -193,7 +205,7 @@ def test_a_daemon_that_stays_away(cluster: Cluster, tmp_path: Path, store: Path,
     went_on(job, undisturbed(), attempts=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(
     number=4,
     fault="a rank is killed; then another one on the same node",
@@ -216,7 +228,7 @@ def test_a_node_that_kills_ranks_is_left_out(
     went_on(job, undisturbed(), attempts=3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(
     number=16,
     fault="a node of the job has no room left for temporary files",
@@ -240,7 +252,7 @@ def test_a_bad_node_is_left_out_from_the_start(
     went_on(job, undisturbed(), attempts=1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(
     number=26,
     fault="every start dies in its first save",
@@ -257,7 +269,7 @@ def test_a_crash_that_repeats_ends_the_job(cluster: Cluster, tmp_path: Path, sto
     assert len(job.attempts()) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(
     number=21,
     fault="a node is lost and no other is there (slurm.shrink)",
@@ -281,7 +293,7 @@ def test_shrink(cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undi
         assert loss == pytest.approx(expected[1], rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(
     number=13,
     fault="a node freezes in a save, the job is started elsewhere, the node thaws and its slurmd is dead",

@@ -13,9 +13,12 @@ from tests.launcher.tiny import command, environment, run, texts
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.jobs import PATIENCE_SECONDS, Job, Step, measured, steps_of, submit, tiny_run
 
+pytestmark = pytest.mark.slurm
+
 CANARY = "canary-4711-secret"
 
 
+@pytest.mark.long
 @pytest.mark.fault(
     number=4,
     fault="`scontrol requeue` while it trains, on two nodes with two ranks each",
@@ -87,7 +90,7 @@ def test_words_of_a_job_are_words(cluster: Cluster, tmp_path: Path, store: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"bloomery-{job.identity}.out", "hostile"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(
     number=14,
     fault="two jobs are submitted for one run",
@@ -110,7 +113,7 @@ def test_the_second_job_on_a_run_is_refused(
     assert steps_of(first.run) == undisturbed()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_chain_goes_on_and_ends_with_the_run(
     cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Callable[..., list[Step]]
 ) -> None:
@@ -128,7 +131,7 @@ def test_a_chain_goes_on_and_ends_with_the_run(
     assert [attempt["job"]["slurm_job_id"] for attempt in last.attempts()] == [job.identity for job in jobs[:2]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_is_an_array_of_runs(cluster: Cluster, tmp_path: Path, store: Path) -> None:
     config = tiny_run(tmp_path, store, "sweep", train={"steps": 3})
     sweep = tmp_path / "rates.txt"
@@ -142,7 +145,7 @@ def test_a_sweep_is_an_array_of_runs(cluster: Cluster, tmp_path: Path, store: Pa
         assert f"learning_rate: {rate}" in (directory / "config.yaml").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_evaluate_and_data_build_are_jobs_too(cluster: Cluster, tmp_path: Path, store: Path) -> None:
     config = tiny_run(tmp_path, store, "looked-at", train={"steps": 3})
     assert run("train", config, ranks=2)[0] == [0, 0]
