@@ -5,17 +5,12 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from data_pipeline import document, read, stages
 from data_pipeline.build import build
@@ -34,7 +29,6 @@ from data_pipeline.tokenizer import Tokenizer
 from parallel.common.errors import ConfigError, UserError
 from parallel.common.files import hash_file
 
-REPOSITORY = Path(__file__).parents[2]
 WORDS = ["iron", "ore", "furnace", "slag", "coal", "air", "bloom", "hammer", "anvil", "wrought", "中文", "größer"]
 
 
@@ -205,36 +199,6 @@ def test_a_damaged_finished_store_says_so_and_overwrite_mends_it(corpus: Path, b
         build(config_of(corpus, store))
     build(config_of(corpus, store), overwrite=True)
     assert content_of(store) == content_of(built)
-
-
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(corpus: Path, built: Path, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    file = tmp_path / "config.yaml"
-    config = {
-        "store": str(store),
-        "sources": [{"name": name, "path": str(corpus / f"{name}.jsonl.gz")} for name in ("web", "books")],
-        "tokenizer": {"vocabulary_size": 384, "sample_bytes": 50_000},
-        "shard_tokens": 20_000,
-    }
-    file.write_text(yaml.safe_dump({"data": config}))
-    command = [sys.executable, "-P", "-m", "launcher", "data", "build", str(file)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    chance = random.Random(7)
-    for _ in range(6):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True)
-        assert process.stdout is not None
-        # The first line says that the imports are over; the kill falls somewhere in the stages after it.
-        process.stdout.readline()
-        time.sleep(chance.uniform(0.0, 0.25))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    whole = tmp_path / "whole"
-    for override in (f"data.store={store}", f"data.store={whole}"):
-        done = subprocess.run([*command, override], env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    assert content_of(store) == content_of(whole)
-    assert content_of(built).items() <= content_of(whole).items()
 
 
 @pytest.mark.parametrize("step", ["write_json", "sync_directory"])

@@ -1,12 +1,8 @@
 """Stores that grow: killed anywhere, added to, followed, and held against brute force."""
 
 import json
-import os
-import random
 import shutil
-import signal
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -17,7 +13,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 
 from data_pipeline.build import build
 from data_pipeline.config import DataConfig, GrowConfig, IndexKind, SourceConfig, TokenizerConfig, ValidationConfig
@@ -31,7 +26,7 @@ from data_pipeline.tokenizer import Tokenizer
 from parallel.common.errors import ConfigError, UserError
 from parallel.common.files import hash_file
 from tests.data_pipeline.stores import small_tokenizer
-from tests.data_pipeline.test_build import REPOSITORY, write_corpus
+from tests.data_pipeline.test_build import write_corpus
 from tests.data_pipeline.test_dedup import jaccard_of, shingles_of
 
 
@@ -132,32 +127,6 @@ def test_an_index_that_is_lost_is_made_anew(corpus: Path, grown: Path, tmp_path:
     lines = (store / "manifest.jsonl").read_bytes().splitlines(keepends=True)
     (store / "manifest.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:20])
     grow(config_of(corpus, store))
-    assert content_of(store) == content_of(grown)
-
-
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(corpus: Path, grown: Path, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    config = {
-        "store": str(store),
-        "sources": [{"name": name, "path": str(corpus / f"{name}.jsonl.gz")} for name in ("web", "books")],
-        "tokenizer": {"path": str(corpus / "tokenizer.json")},
-        "grow": {"portion_bytes": 8_000},
-        "validation": {"share": 0.05},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": config}))
-    command = [sys.executable, "-P", "-m", "launcher", "data", "grow", str(tmp_path / "config.yaml")]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    chance = random.Random(11)
-    for _ in range(5):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(chance.uniform(0.0, 0.3))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
     assert content_of(store) == content_of(grown)
 
 
