@@ -88,9 +88,9 @@ class _Engine(DeepSpeedEngine):
         return "zero_optimization"
 
     def _configure_distributed_model(self, model: torch.nn.Module) -> None:
-        """Sees experts by their parameters; DeepSpeed looks for its own modules."""
+        """Sees experts that are trained by their parameters; DeepSpeed looks for its own modules."""
         super()._configure_distributed_model(model)
-        self.has_moe_layers = any(is_moe_param(parameter) for parameter in model.parameters())
+        self.has_moe_layers = any(is_moe_param(each) and each.requires_grad for each in model.parameters())
 
     def _do_sanity_check(self) -> None:
         accelerator: Any = get_accelerator()
@@ -162,7 +162,8 @@ class ZeroUpdater:
         deepspeed.utils.groups._EXPERT_DATA_PARALLEL_GROUP[EXPERTS] = topology.expert_data_parallel_group
         for local in parameters:
             local.parameter.ds_pipe_replicated = local.tied_copy  # type: ignore[attr-defined]
-            local.parameter.group_name = EXPERTS  # type: ignore[attr-defined]  # where it is one
+        for parameter in module.parameters():  # frozen ones too
+            parameter.group_name = EXPERTS  # type: ignore[attr-defined]  # where it is one
         configuration = _deepspeed_configuration(
             self.mechanism,
             dtype=dtype,
