@@ -4,7 +4,7 @@ What ZeRO cannot do is `parallel.mechanism`'s to say. Imports without torch.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from data_pipeline.corruption import TARGET_UNIT
 from launcher.config import RunConfig
@@ -110,8 +110,15 @@ def _depth(config: RunConfig) -> Iterator[Problem]:
             f"which add up to model.layers = {layers}, such as {even_split}"
         )
         yield Problem(key="parallel.pipeline_split", got=list(split), legal=legal)
+    elif config.model.lora.rank is not None and split is not None and not all(_stage_layers(layout, split)):
+        legal = "layers on every stage with model.lora: a stage without any has nothing to train"
+        yield Problem(key="parallel.pipeline_split", got=list(split), legal=legal)
     else:
         yield from _recompute(layout, max(split) if split else layers // chunks)
+
+
+def _stage_layers(layout: ParallelConfig, split: Sequence[int]) -> list[int]:
+    return [sum(split[stage :: layout.pipeline]) for stage in range(layout.pipeline)]
 
 
 def _recompute(layout: ParallelConfig, blocks: int) -> Iterator[Problem]:

@@ -34,6 +34,7 @@ from parallel.checkpoint.agreement import agreed
 from parallel.checkpoint.fence import claim
 from parallel.common.units import format_count
 from parallel.engine import StepResult
+from parallel.frozen import elements
 
 _DEGREES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "data")
 REQUEUE = 75
@@ -146,6 +147,10 @@ def _introduce(config: RunConfig, parts: Parts, origin: Path | None) -> None:
     vocabulary, topology = parts.vocabulary_size, parts.topology
     count = format_count(parameter_count(config.model, vocabulary))
     logger.info("model: %s parameters, a vocabulary of %s", count, f"{vocabulary:,}")
+    if config.optimizer.frozen or config.model.lora.rank is not None:
+        trained, frozen = (elements(local) for local in (parts.engine.parameters, parts.engine.frozen))
+        share = trained / (trained + frozen)
+        logger.info("trained: %s of them (%.2g %%); the others stay as they are", format_count(trained), 100 * share)
     logger.info("layout: %s", described(topology.describe(), topology.device.type))
     if origin is not None:
         going_on = f"going on after step {parts.progress.step}" if parts.progress.step else "starting from the weights"

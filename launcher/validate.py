@@ -17,7 +17,7 @@ from launcher.layout_rules import divisors, layout_problems, multiples, nearest
 from launcher.length_rules import length_problems
 from launcher.optimizer_rules import optimizer_problems
 from launcher.watching_rules import watching_problems
-from model import families
+from model import families, projections
 from model.config import Classified, ModelConfig, ObjectiveName, Position, RopeScaling
 from parallel.checkpoint.mirror import place
 from parallel.common.errors import ConfigError, Problem
@@ -32,7 +32,7 @@ _POSITIVE = (
     "model.sliding_window", "model.full_attention_every", "model.query_pre_attention_scalar",
     "model.attention_softcap", "model.logit_softcap", "model.rope_share", "model.rope_local_base",
     "model.rope_scaling.original_positions", "model.mup.base_hidden_size", "model.mup.base_head_size",
-    "model.latent.kv_rank", "model.latent.q_rank",
+    "model.latent.kv_rank", "model.latent.q_rank", "model.lora.rank", "model.lora.alpha",
     "model.latent.rope_head_size", "model.latent.value_head_size", "model.moe.scale", "model.moe.groups",
     "model.moe.top_groups", "model.moe.group_experts", "model.moe.top_k", "model.moe.ffn_hidden_size",
     "model.moe.shared_ffn_hidden_size",
@@ -49,7 +49,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "run.seed", "train.z_loss", "model.moe.experts", "model.moe.first_layer", "model.moe.load_balance_loss",
-    "model.moe.z_loss", "model.moe.bias_loss", "model.classes.number",
+    "model.moe.z_loss", "model.moe.bias_loss", "model.classes.number", "model.lora.initial_std",
     "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.schedule.warmup_steps",
     "optimizer.schedule.min_learning_rate", "checkpoint.keep_best", "checkpoint.failures",
     "anomaly.tries",
@@ -74,6 +74,7 @@ def check_training(config: RunConfig, *, ranks: int, store: Store | None = None)
             _objective(config),
             _model(config),
             _mup(config),
+            projections.problems(config.model),
             layout_problems(config, ranks),
             watching_problems(config, ranks),
         )

@@ -23,6 +23,8 @@ from model.bert import MaskedLanguageModel
 from model.config import Activation, ModelConfig, Norm
 from model.families import Architecture, family
 from model.language_model import LanguageModel
+from model.lora import adapt
+from model.projections import A, B
 from model.t5 import EncoderDecoder
 from parallel.config import Recompute
 from parallel.cpu import has_gpu
@@ -104,12 +106,17 @@ def initial_value(key: str, shape: tuple[int, ...], *, config: ModelConfig, seed
     """The whole initial value of a parameter, float32, a function of the seed and its global name alone."""
     if key.endswith("bias"):
         return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed}:initial:{key}".encode()) >> 1)
+    if key.endswith(f".{A}"):
+        bound = shape[1] ** -0.5  # as `peft` draws them
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    if key.endswith(f".{B}"):
+        return torch.empty(shape).normal_(std=config.lora.initial_std, generator=generator)
     if len(shape) == 1:
         return torch.zeros(shape) if config.norm is Norm.zero_centered_rms else torch.ones(shape)
     deviation = config.initial_std * mup.deviation_factor(key, config)
     if key.endswith(_INTO_RESIDUAL):
         deviation /= math.sqrt(2 * config.depth)
-    generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed}:initial:{key}".encode()) >> 1)
     return torch.empty(shape).normal_(std=deviation, generator=generator)
 
 
@@ -174,6 +181,8 @@ def build(
         ).to(topology.device)
         if topology.config.tensor == 1:
             unsplit_linears(chunk)
+        if config.lora.rank is not None:
+            adapt(chunk, config, topology)
         initialise(chunk, config=config, seed=seed)
         chunks.append(chunk)
     return chunks

@@ -236,6 +236,22 @@ class MupConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Adapters of low rank beside the matrices of attention and MLP, y = W x + alpha / rank x B A x. They are trained
+    and nothing else is, but for a new head for classes (Hu et al., 2021, arXiv:2106.09685; model/lora.py)."""
+
+    rank: int | None = None
+    """Rows of A and columns of B; by default there are no adapters."""
+    alpha: float | None = None
+    """By default the rank: what B and A make is added as it is."""
+    targets: list[str] = field(default_factory=list)
+    """Matrices that get one, by their names in the field: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj,
+    down_proj; empty: all that the model has."""
+    initial_std: float = 0.0
+    """Standard deviation of B's initial values; 0: training begins with the very model that is adapted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """A Transformer; by default a Llama: RMSNorm, rotary positions, grouped queries, SwiGLU."""
 
@@ -318,6 +334,7 @@ class ModelConfig:
     initial_std: float = 0.02
     """Standard deviation of initial weights; projections back into the residual stream get it / sqrt(2 x layers)."""
     mup: MupConfig = field(default_factory=MupConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     @property
     def rotary_channels(self) -> int:

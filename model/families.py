@@ -13,6 +13,7 @@ from enum import StrEnum
 from itertools import chain
 
 from model.config import Classified, FamilyName, ModelConfig, Norm, NormPlacement, ObjectiveName, Position
+from model.projections import has_adapter
 from parallel.common.errors import ConfigError, Problem
 
 
@@ -226,5 +227,5 @@ _HEADS = ("output_layer.", "masked_head.", "output_bias.", "next_sentence_head."
 
 def begins_anew(model: ModelConfig, name: str) -> bool:
     """Whether a parameter is one that fine-tuning may begin with its initial value, or leave behind: of a head, where
-    the model gets one for classes."""
-    return bool(model.classes.number) and name.startswith(_HEADS)
+    the model gets one for classes, and of the model's adapters. With adapters nothing else is trained."""
+    return has_adapter(model, name) or (bool(model.classes.number) and name.startswith(_HEADS))

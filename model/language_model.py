@@ -104,6 +104,8 @@ class LanguageModel(HybridModel):
         """
         context = self.context(batch)
         hidden = self.embed(batch, context) if self.pre_process else None
+        if hidden is not None and not hidden.requires_grad and self.config.recompute_granularity == "full":
+            hidden.requires_grad_()  # of a frozen embedding: blocks that recompute pass no gradients back without one
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=context)
         return self.predict(hidden) if self.post_process else hidden
 

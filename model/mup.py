@@ -7,6 +7,7 @@ Yang et al., 2022, arXiv:2203.03466 (tables 3 and 8, for Adam). With m = hidden_
     matrices between widths                    initial_std / sqrt(m)   1 / m            m (the rate times it stays)
     router, outputs of classifiers             initial_std / m         1 / m            m
     output layer, also tied                    initial_std             1                1, and logits are times 1 / m
+    adapters (model/lora.py)                   their own               1                1
 
 Attention scores are divided by head_size, not by its root, times the root of `base_head_size`; so with heads of one
 size at every width they are what they always are. At the base width nothing changes, to the bit. All widths are to
@@ -20,7 +21,7 @@ from dataclasses import replace
 from model.config import ModelConfig, MupConfig
 from parallel.common.errors import UserError
 
-_FIXED = re.compile(r"embedding|segments|output_layer")
+_FIXED = re.compile(r"embedding|segments|output_layer|lora_[AB]$")
 """Matrices one side of which is no width, and that read what does not grow, or whose logits are scaled instead."""
 _NARROWING = re.compile(r"router|classifier\.output|next_sentence_head\.classifier")
 """Matrices from a width to a few numbers."""

@@ -1,12 +1,13 @@
 """How large a model is and what a token costs, as arithmetic on its configuration.
 
 FLOPs count a multiplication and an addition as two. A training step costs three forward passes (one forward, two
-backward); recomputation is not counted, because it does no useful work. Source of the counting: Chowdhery et al., 2022,
-arXiv:2204.02311, appendix B.
+backward; two in all of matrices that adapters freeze); recomputation is not counted, because it does no useful work.
+Source of the counting: Chowdhery et al., 2022, arXiv:2204.02311, appendix B.
 """
 
 from model.config import ModelConfig, Norm, Position
 from model.families import family
+from model.projections import BLOCK, CROSSING, adapter_parameters
 
 
 def head_size(config: ModelConfig) -> int:
@@ -74,15 +75,18 @@ def parameter_count(config: ModelConfig, vocabulary_size: int, sequence_length: 
     embeddings = vocabulary_size * config.hidden_size * (1 if once else 2) + beside
     if config.moe.expert_bias:
         norms += config.moe.experts * sum(has_experts(config, layer) for layer in range(config.layers))
-    return _matrices(config, active=False) + config.layers * _biases_and_head_norms(config) + norms + embeddings
+    adapters = config.depth * adapter_parameters(config, *BLOCK)
+    adapters += (config.decoder_layers or 0) * adapter_parameters(config, *CROSSING)
+    blocks = _matrices(config, active=False) + config.layers * _biases_and_head_norms(config)
+    return blocks + norms + embeddings + adapters
 
 
 def flops_per_token(
     config: ModelConfig, vocabulary_size: int, sequence_length: int, *, causal: bool, decoder_length: int = 0
 ) -> float:
     """Training FLOPs of one token: 6 for each matrix parameter that it passes, the output layer included, the input
-    embedding not; and attention over the sequence or a layer's window, halved where `causal` counts only the half that
-    a causal mask leaves.
+    embedding not (4 for those that adapters freeze, which have no gradient); and attention over the sequence or a
+    layer's window, halved where `causal` counts only the half that a causal mask leaves.
     """
     if config.decoder_layers is not None:
         return _flops_of_two_stacks(config, vocabulary_size, sequence_length, decoder_length, causal=causal)
@@ -90,7 +94,13 @@ def flops_per_token(
     reached = sum(_reached(config, layer, sequence_length) for layer in range(config.layers))
     values = config.latent.value_head_size if config.latent.kv_rank is not None else head_size(config)
     attention = 6 * config.heads * (head_size(config) + values) * reached
-    return 6 * matrices + attention * (0.5 if causal else 1.0)
+    adapters = 6 * config.layers * adapter_parameters(config, *BLOCK)
+    return _per_parameter(config) * matrices + adapters + attention * (0.5 if causal else 1.0)
+
+
+def _per_parameter(config: ModelConfig) -> int:
+    """FLOPs of a token in each parameter of a matrix."""
+    return 6 if config.lora.rank is None else 4
 
 
 def _flops_of_two_stacks(
@@ -101,13 +111,15 @@ def _flops_of_two_stacks(
     assert config.decoder_layers is not None
     channels = config.heads * head_size(config)
     half = 2 * config.hidden_size * channels  # queries and output, or keys and values, of an attention
-    mlp = _mlp_matrices(config, 0, active=True)
-    encoder = (
-        config.layers * (6 * (2 * half + mlp) + 12 * channels * sequence_length) + 6 * config.decoder_layers * half
+    mlp, each = _mlp_matrices(config, 0, active=True), _per_parameter(config)
+    block, keys, others = (
+        6 * adapter_parameters(config, *linears) for linears in (BLOCK, ("linear_kv",), ("linear_q", "linear_proj"))
     )
+    encoder = config.layers * (each * (2 * half + mlp) + block + 12 * channels * sequence_length)
+    encoder += config.decoder_layers * (each * half + keys)
     seen = decoder_length * (0.5 if causal else 1.0) + sequence_length
-    decoder = config.decoder_layers * (6 * (3 * half + mlp) + 12 * channels * seen)
-    decoder += 6 * config.hidden_size * vocabulary_size
+    decoder = config.decoder_layers * (each * (3 * half + mlp) + block + others + 12 * channels * seen)
+    decoder += each * config.hidden_size * vocabulary_size
     return encoder + decoder * decoder_length / sequence_length
 
 

@@ -3,6 +3,7 @@
 They are in every checkpoint and export like all others, so that a run may freeze and unfreeze between two runs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -24,14 +25,21 @@ def trained_and_frozen(
     Raises:
         ConfigError: on all ranks; a pipeline stage has nothing left to train.
     """
-    frozen = [local for local in parameters if is_frozen(local.name, config)]
-    trained = [local for local in parameters if not is_frozen(local.name, config)]
-    if config.frozen and not all(exchange(bool(trained))):
+    frozen = [local for local in parameters if local.frozen or is_frozen(local.name, config)]
+    trained = [local for local in parameters if not (local.frozen or is_frozen(local.name, config))]
+    if (config.frozen or frozen) and not all(exchange(bool(trained))):
         legal = "patterns that leave every pipeline stage something to train: gradients pass through them all"
         raise ConfigError([Problem(key="optimizer.frozen", got=list(config.frozen), legal=legal)])
     for local in frozen:
         local.parameter.requires_grad_(False)
     return trained, frozen
+
+
+def elements(parameters: Sequence[LocalParameter]) -> int:
+    """Of the whole model's parameters that ranks hold these parts of, each counted once. Every rank calls this."""
+    described = [shard.description for local in parameters for shard in local.shards]
+    own = {each.key: math.prod(each.global_shape) for each in described}
+    return sum({name: size for rank in exchange(own) for name, size in rank.items()}.values())
 
 
 def frozen_pieces(local: LocalParameter) -> Iterator[ShardedTensor]:

@@ -56,6 +56,8 @@ class LocalParameter:
     """Whether first and last pipeline stage hold copies of it, whose gradients are to be added."""
     learning_rate_factor: float = 1.0
     """What the model asks its learning rate to be multiplied by."""
+    frozen: bool = False
+    """Whether the model asks that it be not trained."""
 
     @property
     def name(self) -> str:
@@ -103,7 +105,7 @@ def _pieces(chunk: torch.nn.Module) -> Iterator[ShardedTensor]:
 
 
 def local_parameters(chunks: Sequence[torch.nn.Module], *, last_stage_of_several: bool) -> list[LocalParameter]:
-    """Every trainable parameter of a rank's chunks, in the order of the modules."""
+    """Every parameter of a rank's chunks, in the order of the modules."""
     by_storage: dict[int, list[ShardedTensor]] = {}
     for chunk in chunks:
         for piece in _pieces(chunk):
@@ -132,6 +134,7 @@ def local_parameters(chunks: Sequence[torch.nn.Module], *, last_stage_of_several
                     tied_copy=tied and last_stage_of_several,
                     tied=tied,
                     learning_rate_factor=getattr(parameter, "learning_rate_factor", 1.0),
+                    frozen=not parameter.requires_grad,
                 )
             )
     return found

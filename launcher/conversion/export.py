@@ -28,10 +28,12 @@ from launcher.places import Checkpoint
 from launcher.runtime import in_ranks
 from launcher.verbs.conversion import ExportJob
 from launcher.work import Ranks
-from model import families, mup
+from model import families, lora, mup
 from model.config import ModelConfig
 from model.hf.families import config_json, pairs_of
 from model.hf.pairs import Pair
+from model.lora import change
+from model.projections import is_adapter
 from parallel.average import AVERAGE
 from parallel.checkpoint.stream import StoredTensors
 from parallel.common.errors import UserError
@@ -48,7 +50,8 @@ logger = logging.getLogger(__name__)
 
 
 class Weights:
-    """The weights of a checkpoint by their own names, or their average over the steps."""
+    """The weights of a checkpoint by their own names, or their average over the steps; of adapted matrices with what
+    their adapters add, once `merged` is set."""
 
     def __init__(self, path: Path, *, averaged: bool = False) -> None:
         """Verifies every file first.
@@ -61,14 +64,25 @@ class Weights:
         named = {name: shape for name, shape in self._tensors.shapes.items() if name.startswith(self._prefix)}
         self.output_factor = 1.0
         """What the output layer is multiplied by, for a model whose logits are (model/mup.py)."""
-        self.shapes = {name.removeprefix(self._prefix): shape for name, shape in named.items()}
+        self.merged: ModelConfig | None = None
+        """The model whose adapters are merged into its matrices."""
+        self.names = [name.removeprefix(self._prefix) for name in named]
+        """Of all tensors."""
+        self.shapes = {name.removeprefix(self._prefix): shape for name, shape in named.items() if not is_adapter(name)}
+        """Of all but the adapters."""
         if averaged and not self.shapes:
             raise UserError(f"{path} keeps no average of the weights: its run was without optimizer.average_decay.")
 
     def read(self, name: str) -> Tensor:
         """One whole tensor, on the CPU."""
-        tensor = self._tensors.read(f"{self._prefix}{name}")
+        tensor = self._stored(name)
+        added = None if self.merged is None else change(self.merged, name, self._stored)
+        if added is not None:
+            return tensor.float() + added
         return tensor * self.output_factor if name == OUTPUT and self.output_factor != 1 else tensor
+
+    def _stored(self, name: str) -> Tensor:
+        return self._tensors.read(f"{self._prefix}{name}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,15 +133,17 @@ def _exported(job: ExportJob, ranks: Ranks) -> Outcome:
 
 
 def described_model(config: RunConfig, tensors: Weights) -> ModelConfig:
-    """The model with its vocabulary size, which the configuration leaves to the store; what muP multiplies by is in
-    the tensors that are read from now on."""
+    """The model with its vocabulary size, which the configuration leaves to the store; what muP multiplies by and what
+    adapters add is in the tensors that are read from now on."""
     shape = tensors.shapes.get(_EMBEDDING)
     if shape is None:
         raise UserError("the checkpoint has no word embeddings: it is not a language model's")
     values = {name: getattr(config.model, name) for name in ModelConfig.__slots__}
     model = ModelConfig(**{**values, "vocabulary_size": shape[0]})
     tensors.output_factor = mup.logit_factor(model)
-    return mup.without(model)
+    model = mup.without(model)
+    tensors.merged = None if model.lora.rank is None else model
+    return lora.without(model)
 
 
 def check_names(path: Path, tensors: Weights, pairs: list[Pair]) -> None:

@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 
+from launcher.config import RunConfig
 from launcher.conversion.check import KERNEL, transformers
 from launcher.conversion.export import Weights, check_names, described_model, theirs
 from launcher.places import Checkpoint
+from model.config import ModelConfig
 from model.hf.families import config_json, pairs_of
 from parallel.common.errors import UserError
 
@@ -30,16 +32,21 @@ def in_memory(checkpoint: Checkpoint) -> Any:
     config = checkpoint.config()
     tensors = Weights(checkpoint.path)
     model = described_model(config, tensors)
+    check_names(checkpoint.path, tensors, pairs_of(model))
+    made = in_transformers(config, model, tensors)
+    return made.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def in_transformers(config: RunConfig, model: ModelConfig, tensors: Weights) -> Any:
+    """The model of `transformers` with weights whose names were checked."""
     pairs = pairs_of(model)
-    check_names(checkpoint.path, tensors, pairs)
     said = config_json(model, sequence_length=config.train.sequence_length)
     found = transformers.AutoConfig.for_model(**said)
     transformers.utils.logging.disable_progress_bar()
-    made = getattr(transformers, said["architectures"][0]).from_pretrained(
+    return getattr(transformers, said["architectures"][0]).from_pretrained(
         None,
         config=found,
         state_dict=dict(theirs(pairs, tensors, torch.float32)),
         dtype=torch.float32,
         attn_implementation=KERNEL,
     )
-    return made.eval().to("cuda" if torch.cuda.is_available() else "cpu")

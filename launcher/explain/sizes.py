@@ -45,7 +45,7 @@ def _size(local: LocalParameter, optimizer: OptimizerConfig) -> Size:
         elements=local.shape.numel(),
         group=f"{local.is_matrix} {setting_of(local, optimizer)}",
         is_expert=local.expert,
-        is_frozen=is_frozen(local.name, optimizer),
+        is_frozen=local.frozen or is_frozen(local.name, optimizer),
         whole_elements=math.prod(local.whole_shape),
         state_elements=state_words(local.name, local.whole_shape, optimizer),
     )

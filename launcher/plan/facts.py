@@ -81,6 +81,8 @@ class Facts:
 
 def unknown(model: ModelConfig, vocabulary_size: int) -> str | None:
     """What the arithmetic does not know of a model yet, in words; None where it knows all of it."""
+    if model.lora.rank is not None:
+        return "model.lora"
     if model.attention_softcap is not None:
         return "model.attention_softcap"
     if model.parallel_residual:

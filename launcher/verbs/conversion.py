@@ -85,7 +85,8 @@ def average_main(arguments: Sequence[str]) -> Work:
 
 
 def export_main(arguments: Sequence[str]) -> Work:
-    """Parses `CHECKPOINT --output DIR [--format hf] [--dtype D] [--shard-gigabytes N] [--no-check] [--average]`."""
+    """Parses `CHECKPOINT --output DIR [--format hf] [--dtype D] [--shard-gigabytes N] [--no-check] [--average]
+    [--adapter]`."""
     parser = argparse.ArgumentParser(
         prog="bloomery checkpoint export",
         description="Writes a checkpoint's weights as safetensors with config.json and tokenizer, which "
@@ -101,6 +102,12 @@ def export_main(arguments: Sequence[str]) -> Work:
     parser.add_argument(
         "--average", action="store_true", help="the average of the weights over the steps (optimizer.average_decay)"
     )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="the adapters alone (model.lora), as peft.PeftModel.from_pretrained(BASE, DIR) reads them; without this "
+        "they are merged into the weights",
+    )
     options = parser.parse_args(list(arguments))
     checkpoint = find_checkpoint(options.checkpoint)
     job = ExportJob(
@@ -112,7 +119,8 @@ def export_main(arguments: Sequence[str]) -> Work:
         ranks=_alone("export"),
         averaged=options.average,
     )
-    return Work(module="launcher.conversion.export", job=job, rank=0, logs=checkpoint.run.logs)
+    module = "launcher.conversion.adapter" if options.adapter else "launcher.conversion.export"
+    return Work(module=module, job=job, rank=0, logs=checkpoint.run.logs)
 
 
 def import_main(arguments: Sequence[str]) -> Work:

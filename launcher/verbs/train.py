@@ -11,6 +11,7 @@ from pathlib import Path
 from data_pipeline.following import open_store
 from launcher import changes
 from launcher import config as configuration
+from launcher.adapters import check_adapters
 from launcher.config import RunConfig
 from launcher.length import total_steps
 from launcher.places import find_step
@@ -103,8 +104,8 @@ def prepared(config: RunConfig, *, ranks: int) -> tuple[RunConfig, RunDirectory]
     check_training(config, ranks=ranks, store=open_store(config.data))
     directory = RunDirectory(configuration.run_directory(config))
     changes.check(directory, config)
-    if config.checkpoint.load is not None and not directory.has_checkpoint():
-        find_step(config.checkpoint.load)
+    if not directory.has_checkpoint():
+        check_adapters(config, None if config.checkpoint.load is None else find_step(config.checkpoint.load))
     Lock.check_free(directory.lock)
     return config, directory
 

@@ -21,7 +21,7 @@ from data_pipeline.config import DataConfig
 from launcher.config import RunConfig, RunSection, TrainConfig, flatten, require, to_dict
 from launcher.length import total_steps
 from launcher.validate import check_training
-from model.config import LatentConfig, ModelConfig, MoeConfig, MupConfig
+from model.config import LatentConfig, LoraConfig, ModelConfig, MoeConfig, MupConfig
 from parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, ScheduleName
 
 MOST_RANKS = 16
@@ -245,6 +245,7 @@ def _sized(model: ModelConfig, layout: ParallelConfig, layers: int) -> ModelConf
         head_size, own_size = 12, True
     elif own_size:
         hidden = hidden * 2 if model.head_size * model.heads < model.hidden_size else hidden // 2  # type: ignore[operator]
+    deviation = _INITIAL_STD * _calming(model, head_size)
     return replace(
         model,
         layers=layers,
@@ -255,13 +256,14 @@ def _sized(model: ModelConfig, layout: ParallelConfig, layers: int) -> ModelConf
         head_size=head_size if own_size else None,
         ffn_hidden_size=max(48, 24 * tensor),
         vocabulary_size=2 * math.lcm(_VOCABULARY_UNIT, tensor),
-        initial_std=_INITIAL_STD * _calming(model, head_size),
+        initial_std=deviation,
         latent=_latent(model.latent),
         mup=MupConfig(
             base_hidden_size=None if model.mup.base_hidden_size is None else hidden // 2,
             base_head_size=None if model.mup.base_head_size is None else head_size // 2,
         ),
         moe=_moe(model.moe, layout, layers),
+        lora=_lora(model.lora, deviation),
     )
 
 
@@ -313,6 +315,14 @@ def _latent(latent: LatentConfig) -> LatentConfig:
     return replace(
         latent, kv_rank=10, q_rank=None if latent.q_rank is None else 14, rope_head_size=4, value_head_size=6
     )
+
+
+def _lora(lora: LoraConfig, deviation: float) -> LoraConfig:
+    """The same scale, a rank that no number of ranks divides, and a B through which A has a gradient."""
+    if lora.rank is None:
+        return lora
+    alpha = None if lora.alpha is None else 3 * lora.alpha / lora.rank
+    return replace(lora, rank=3, alpha=alpha, initial_std=deviation)
 
 
 def _moe(moe: MoeConfig, layout: ParallelConfig, layers: int) -> MoeConfig:

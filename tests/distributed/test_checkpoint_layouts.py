@@ -18,7 +18,7 @@ import torch
 from launcher.verify.compare import whole
 from launcher.verify.measure import Case, batch_of, engine_of
 from launcher.verify.world import run_world
-from model.config import MoeConfig
+from model.config import LoraConfig, MoeConfig
 from parallel.checkpoint.checkpoints import Checkpoints
 from parallel.checkpoint.fence import Fence
 from parallel.checkpoint.load import load
@@ -47,6 +47,7 @@ EXPERTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 WHOLE = {name: DENSE[name] for name in ("one-rank-zero0", "dp2-zero1", "pp2-vpp2", "tp2-sp-pp2")}
 """Layouts of optimizers that step whole parameters, whose owners are other ranks in each."""
+ADAPTED = {name: DENSE[name] for name in ("one-rank-zero0", "dp3-zero3", "tp2-sp-pp2")}
 LIMIT_SECONDS = 180
 """A world takes one second; on a machine with eight times as much to do as it can, a minute was not enough."""
 
@@ -70,6 +71,13 @@ def _experts(name: str) -> Case:
     case = _of_twelve(tiny(ranks, **layout))
     moe = MoeConfig(experts=4, ffn_hidden_size=32, shared_ffn_hidden_size=16)
     return replace(case, config=replace(case.config, model=replace(case.config.model, moe=moe)))
+
+
+def _adapted(name: str) -> Case:
+    """Adapters, and matrices that stay as they are."""
+    case = _dense(name)
+    lora = LoraConfig(rank=3, alpha=6, initial_std=0.1)
+    return replace(case, config=replace(case.config, model=replace(case.config.model, lora=lora)))
 
 
 def _stepped_by(optimizer: str) -> Callable[[str], Case]:
@@ -170,6 +178,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path,
             ("moe", _experts, EXPERTS),
             ("muon", _muon, WHOLE),
             ("adafactor", _adafactor, WHOLE),
+            ("lora", _adapted, ADAPTED),
             ("adamw-8bit", _eight_bit, dict(list(WHOLE.items())[-2:])),
         )
         for name in layouts

@@ -1,0 +1,272 @@
+"""Adapters as a user trains and exports them, and against `peft` itself: same loss, same gradients, same logits."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from launcher.conversion import adapter, export
+from launcher.conversion.adapter import Theirs, adapters, write_adapters
+from launcher.conversion.check import our_outputs
+from launcher.conversion.export import Weights
+from launcher.conversion.in_memory import in_transformers
+from launcher.places import find_checkpoint
+from launcher.verbs.conversion import export_main
+from launcher.verify.batches import Traits
+from launcher.verify.measure import Case, batch_of, engine_of
+from launcher.verify.world import run_world
+from launcher.work import Ranks
+from model.config import Activation, FamilyName, LoraConfig, ModelConfig, Norm, Position
+from model.hf.families import pairs_of
+from model.lora import without
+from model.projections import is_adapter
+from model.size import flops_per_token, parameter_count
+from parallel.checkpoint.stream import StoredTensors
+from parallel.engine import Engine
+from tests.distributed.layouts import MODEL, VOCABULARY, tiny
+from tests.launcher.test_exact_resume import stopped
+from tests.launcher.test_train import records
+from tests.launcher.tiny import configuration, run
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # peft asks transformers for it
+]
+
+LORA = LoraConfig(rank=3, alpha=6, initial_std=0.1)
+GPT2 = replace(
+    MODEL, family=FamilyName.gpt2, kv_heads=None, linear_bias=True, norm=Norm.layer, position=Position.learned,
+    positions=16, activation=Activation.gelu, tie_embeddings=True,
+)  # fmt: skip
+
+
+class Held(Weights):
+    """Tensors in memory, by name."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors, self.merged, self.output_factor = tensors, None, 1.0
+        self.names = list(tensors)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if not is_adapter(name)}
+
+    def _stored(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+def gathered(engine: Engine, *, gradients: bool) -> dict[str, Tensor]:
+    """Whole tensors of one rank: the weights, or the gradients of what is trained."""
+    found = {}
+    for local in engine.parameters if gradients else (*engine.parameters, *engine.frozen):
+        value = engine.updater.gradient(local) if gradients else local.parameter.data
+        for shard in local.shards:
+            described = shard.description
+            whole = found.setdefault(described.key, torch.zeros(described.global_shape))
+            whole[described.global_slice()] = shard.of(value).view(described.local_shape)
+    return found
+
+
+@pytest.mark.truth
+@pytest.mark.parametrize(
+    "model",
+    [
+        replace(MODEL, lora=LORA),
+        replace(MODEL, lora=replace(LORA, targets=["q_proj", "v_proj", "down_proj"])),
+        replace(GPT2, lora=replace(LORA, targets=["q_proj", "v_proj", "o_proj", "up_proj"])),
+    ],
+    ids=["llama", "some", "gpt2"],
+)
+def test_loss_and_gradients_are_those_of_peft(model: ModelConfig, tmp_path: Path) -> None:
+    case = tiny(zero_stage=0)
+    case = replace(case, config=replace(case.config, model=model), traits=Traits(packed=False, unequal=False))
+    (worst,) = run_world(lambda: apart(case, tmp_path), 1)
+    assert worst.pop("loss") < 1e-6
+    assert len(worst) > 10
+    assert max(worst.values()) < 2e-5, worst
+
+
+def apart(case: Case, directory: Path) -> dict[str, float]:
+    """How far loss and gradients lie from those of `peft`, relative to their norms."""
+    config, model = case.config, case.config.model
+    engine = engine_of(case)
+    batch = batch_of(case, 0, engine.topology)
+    result = engine.accumulate(batch)
+    tensors, gradients = Held(gathered(engine, gradients=False)), Held(gathered(engine, gradients=True))
+    assert all(map(is_adapter, gradients.names)), "nothing else has a gradient"
+    pairs = pairs_of(model)
+    write_adapters(directory, model, pairs, list(adapters(model, pairs, tensors)), torch.float32)
+    base = in_transformers(config, without(model), tensors)
+    reference: Any = peft.PeftModel.from_pretrained(base, directory, is_trainable=True)
+    logits = reference.eval()(batch["tokens"]).logits
+    loss = cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+    loss.backward()
+    named = dict(reference.named_parameters())
+    trained = {name for name, parameter in named.items() if parameter.requires_grad}
+    found = {"loss": float(abs(result.loss - loss.detach()) / loss.detach())}
+    for each in adapters(model, pairs, gradients):
+        for letter, ours in (("A", each.a), ("B", each.b)):
+            name = f"base_model.model.{each.module}.lora_{letter}.default.weight"
+            found[name] = _distance(named[name].grad, ours, own=each)
+            trained.remove(name)
+    assert not trained, "peft trains nothing that we do not"
+    return found
+
+
+def _distance(expected: Tensor, ours: Tensor, own: Theirs) -> float:
+    """Where several projections share one module of theirs, ours has the blocks of B, theirs also what lies beside."""
+    mask = ours != 0 if ours is own.b and own.b.shape[1] > 3 else torch.ones_like(ours)
+    return float((expected * mask - ours).norm() / ours.norm())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
+    """The run of a pretrained model."""
+    directory = tmp_path_factory.mktemp("base")
+    codes, said = run("train", configuration(directory, store))
+    assert codes == [0], said
+    return directory / "run"
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, store: Path, base: Path) -> Path:
+    """Its adapters, trained on two tensor ranks; the directory of configuration and run."""
+    directory = tmp_path_factory.mktemp("tuned")
+    codes, said = run("train", adapting(directory, store, base, parallel={"tensor": 2}), ranks=2)
+    assert codes == [0, 0], said
+    assert "trained: 3.71K of them (8.5 %)" in said
+    return directory
+
+
+def adapting(directory: Path, store: Path, base: Path | None, **sections: Any) -> Path:
+    directory.mkdir(exist_ok=True)
+    start = {} if base is None else {"checkpoint": {"load": str(base), "load_parts": "weights"}}
+    return configuration(directory, store, **{"model": {"lora": {"rank": 4, "alpha": 8}}, **start, **sections})
+
+
+def exported(*arguments: str | Path) -> None:
+    work: Any = export_main([str(argument) for argument in arguments])
+    module = {each.__name__: each for each in (export, adapter)}[work.module]
+    assert run_world(lambda: module._exported(work.job, Ranks(attempt="test")).exit_code, 1) == [0]
+
+
+def test_frozen_matrices_keep_every_bit_and_have_no_state(base: Path, tuned: Path) -> None:
+    before = StoredTensors(base / "checkpoints" / "step-00000012")
+    after = StoredTensors(tuned / "run" / "checkpoints" / "step-00000012")
+    weights = {name for name in before.shapes if name.startswith("weight.")}
+    learnt = after.shapes.keys() - before.shapes.keys()
+    assert weights <= after.shapes.keys()
+    assert all(torch.equal(before.read(name), after.read(name)) for name in weights)
+    assert all(is_adapter(name) for name in learnt)
+    assert {name.partition(".")[2] for name in after.shapes if name.startswith("exp_avg.")} == {
+        name.partition(".")[2] for name in learnt if name.startswith("weight.")
+    }
+    assert all(after.read(name).any() for name in learnt)
+
+
+def test_a_stopped_run_goes_on_with_the_same_bits(tuned: Path) -> None:
+    copy = stopped(tuned, tuned / "config.yaml", 4)
+    codes, said = run("train", tuned / "config.yaml", f"run.dir={copy}", ranks=2)
+    assert codes == [0, 0], said
+    assert records(copy.parent) == records(tuned)
+
+
+@pytest.mark.truth
+def test_merged_and_apart_they_are_what_was_trained(base: Path, tuned: Path, tmp_path: Path) -> None:
+    exported(base, "--output", tmp_path / "base")
+    exported(tuned / "run", "--output", tmp_path / "merged")
+    exported(tuned / "run", "--output", tmp_path / "adapter", "--adapter")
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    tokens = torch.randint(0, 380, (2, 32), generator=torch.Generator().manual_seed(0))
+    (ours,) = run_world(lambda: live(tuned / "run", tokens), 1)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    with torch.no_grad():
+        before = load(tmp_path / "base")(tokens).logits
+        merged = load(tmp_path / "merged")(tokens).logits
+        by_peft = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")(tokens).logits
+    largest = float(ours.abs().max())
+    assert float((before - ours).abs().max()) > 1e-2 * largest, "they do something"
+    assert float((merged - ours).abs().max()) < 1e-6 * largest
+    assert float((by_peft - ours).abs().max()) < 1e-6 * largest
+
+
+@torch.no_grad()
+def live(path: Path, tokens: Tensor) -> Tensor:
+    """Logits of our model with its adapters beside its matrices, [batch, sequence, vocabulary]."""
+    stored = Weights(path / "checkpoints" / "step-00000012")
+    config = find_checkpoint(str(path)).config()
+    model = replace(config.model, vocabulary_size=stored.shapes["embedding.word_embeddings.weight"][0])
+    batch = {
+        "tokens": tokens,
+        "positions": torch.arange(tokens.shape[1]).repeat(len(tokens), 1),
+        "document_ids": torch.zeros(tokens.shape, dtype=torch.int32),
+    }
+    outputs = our_outputs(model, {name: stored.read(name) for name in stored.names}, batch, sequence_length=32)
+    assert isinstance(outputs, Tensor)
+    return outputs.transpose(0, 1)
+
+
+def test_evaluation_and_generation_know_adapters(tuned: Path) -> None:
+    codes, said = run("evaluate", tuned / "run")
+    assert codes == [0], said
+    found = json.loads((tuned / "run" / "evaluation.json").read_text())
+    codes, said = run("evaluate", tuned / "run", "--ranks", "2", "--json", tuned / "two.json", ranks=2)
+    assert codes == [0, 0], said
+    assert json.loads((tuned / "two.json").read_text()) == found
+    codes, said = run("generate", tuned / "run", "--prompt", "iron ore", "--tokens", "4")
+    assert codes == [0], said
+    assert "iron ore" in said
+
+
+def test_what_makes_no_sense_is_refused_in_one_sentence(base: Path, tuned: Path, store: Path, tmp_path: Path) -> None:
+    some = {"lora": {"rank": 4, "alpha": 8, "targets": ["q_prj"]}}
+    experts = {"lora": {"rank": 4, "targets": ["up_proj"]}, "moe": {"experts": 4}}
+    deep = {"lora": {"rank": 4}, "latent": {"kv_rank": 8, "rope_head_size": 4}, "head_size": 8, "kv_heads": None}
+    everything = {"checkpoint": {"load": str(base)}}
+    for number, (origin, sections, sentence) in enumerate(
+        (
+            (None, {}, "checkpoint.load is None: expected a checkpoint with model.lora.rank"),
+            (base, {"model": some}, "model.lora.targets is 'q_prj': expected q_proj, if that was meant"),
+            (base, {"model": experts}, "expected some of q_proj, k_proj, v_proj, o_proj: experts have no adapters"),
+            (base, {"model": deep}, "model.lora.rank is 4: expected null with model.latent"),
+            (base, everything, "checkpoint.load_parts is 'everything': expected weights"),
+            (base, {"model": {"lora": {"rank": 0}}}, "model.lora.rank is 0: expected a number above 0"),
+            (tuned / "run", {"model": {"lora": {"rank": 4}}}, "model.lora.alpha is None: expected 8.0, as"),
+            (tuned / "run", {"model": {}}, "holds adapters, and model.lora.rank is null"),
+            (base, {"parallel": {"pipeline": 2, "pipeline_split": [2, 0]}}, "a stage without any has nothing to train"),
+        )
+    ):
+        ranks = 2 if "parallel" in sections else 1
+        codes, said = run("train", adapting(tmp_path / str(number), store, origin, **sections), ranks=ranks)
+        assert codes == [2] * ranks, said
+        assert sentence in said
+        assert not (tmp_path / str(number) / "run").exists()
+    codes, said = run("checkpoint", "export", base, "--adapter", "--output", tmp_path / "out")
+    assert codes == [2], said
+    assert "has no adapters" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_counts_by_hand() -> None:
+    """Of a block: q, o [32, 32], k, v [16, 32], gate and up [48, 32], down [32, 48]; rank 3."""
+    adapted, plain = replace(MODEL, lora=LORA), MODEL
+    more = 3 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 48) * 3) * MODEL.layers
+    assert parameter_count(adapted, VOCABULARY) - parameter_count(plain, VOCABULARY) == more
+    engines = run_world(lambda: _counts(replace(tiny(), config=replace(tiny().config, model=adapted))), 1)
+    assert engines == [(more, parameter_count(plain, VOCABULARY))]
+    matrices = parameter_count(plain, VOCABULARY) - (2 * MODEL.layers + 1) * 32 - VOCABULARY * 32
+    before, after = (flops_per_token(model, VOCABULARY, 16, causal=True) for model in (plain, adapted))
+    assert after - before == 6 * more - 2 * matrices
+
+
+def _counts(case: Case) -> tuple[int, int]:
+    engine = engine_of(case)
+    trained, frozen = (sum(local.shape.numel() for local in each) for each in (engine.parameters, engine.frozen))
+    return trained, frozen
