@@ -279,6 +279,7 @@ def needed_tokenizer(checkpoint: Checkpoint, config: RunConfig) -> Tokenizer:
 
 
 def _tokenizer_config(tokenizer: Tokenizer, config: RunConfig, facts: Facts | None) -> dict[str, Any]:
+    encoder = families.family(config.model).architecture is families.Architecture.encoder
     template = None if facts is None else facts.chat_template
     end, padding = (tokenizer.token(number) for number in (tokenizer.end_of_document, tokenizer.padding))
     return {
@@ -288,5 +289,6 @@ def _tokenizer_config(tokenizer: Tokenizer, config: RunConfig, facts: Facts | No
         "eos_token": end,
         "pad_token": padding,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", *(["token_type_ids"] if encoder else []), "attention_mask"],
         **({} if template is None else {"chat_template": template}),
     }

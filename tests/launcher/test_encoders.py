@@ -14,7 +14,7 @@ import launcher.evaluation.tasks  # so that forked ranks find it imported
 from launcher.evaluation.metrics import classified
 from launcher.verbs.conversion import export_main, import_main
 from tests.launcher.test_conversion import in_process
-from tests.launcher.tiny import configuration, run, texts
+from tests.launcher.tiny import configuration, in_layout, run, texts
 
 assert launcher.evaluation.tasks
 
@@ -71,14 +71,9 @@ def asked(directory: Path, records: list[dict[str, Any]], layout: dict[str, int]
     """The figures of a task, found by two ranks."""
     (directory / "t.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (directory / "t.yaml").write_text(yaml.safe_dump({"name": "t", "data": "t.jsonl", **task}))
-    config = directory / "run" / "config.yaml"
-    kept = config.read_text()
-    config.write_text(yaml.safe_dump({**yaml.safe_load(kept), "parallel": layout}))
-    try:
-        arguments = ("--task", directory / "t.yaml", "--json", directory / "t.json")
+    arguments = ("--task", directory / "t.yaml", "--json", directory / "t.json")
+    with in_layout(directory / "run", layout):
         codes, said = run("evaluate", directory / "run", *arguments, ranks=2)
-    finally:
-        config.write_text(kept)
     assert codes == [0, 0], said
     return json.loads((directory / "t.json").read_text())["tasks"]["t"]
 

@@ -26,7 +26,7 @@ from parallel.checkpoint.load import load
 from parallel.config import ParallelConfig
 from parallel.topology import Topology
 from tests.launcher.test_conversion import in_process
-from tests.launcher.tiny import configuration, run, texts
+from tests.launcher.tiny import configuration, in_layout, run, texts
 
 assert launcher.evaluation.tasks
 
@@ -246,23 +246,19 @@ def words_with_labels(count: int) -> list[dict[str, list[str]]]:
 
 def test_an_encoder_learns_classes_of_words_that_transformers_finds_too(store: Path, tmp_path: Path) -> None:
     records = words_with_labels(230)
-    file, held = (
-        written(tmp_path / name, part) for name, part in (("w.jsonl", records[30:]), ("h.jsonl", records[:30]))
-    )
+    file = written(tmp_path / "words.jsonl", records[30:])
+    written(tmp_path / "held.jsonl", records[:30])
     codes, said = run("data", "examples", file, "--tokenizer", store, "--output", tmp_path / "s")
     assert codes == [0], said
     assert "4 classes: B-ORE, B-TOOL, I-ORE, O" in said
     classes = {"number": 4, "of": "tokens"}
-    train = {"steps": 60, "sequence_length": 64, "global_batch_size": 8}
-    config = configuration(
-        tmp_path, tmp_path / "s", model=BERT | {"classes": classes}, train=train, parallel={"tensor": 2, "context": 2}
-    )
-    codes, said = run("train", config, ranks=4)
-    assert codes == [0] * 4, said
-    (tmp_path / "tag.yaml").write_text(
-        yaml.safe_dump({"name": "tag", "kind": "token_classification", "data": held.name})
-    )
-    figures = figures_of("tag", tmp_path / "run", tmp_path / "tag.yaml", ranks=4)
+    train = {"steps": 30, "global_batch_size": 8, "micro_batch_size": 8}
+    codes, said = run("train", configuration(tmp_path, tmp_path / "s", model=BERT | {"classes": classes}, train=train))
+    assert codes == [0], said
+    task = {"name": "tag", "kind": "token_classification", "data": "held.jsonl"}
+    (tmp_path / "tag.yaml").write_text(yaml.safe_dump(task))
+    with in_layout(tmp_path / "run", {"context": 2}):
+        figures = figures_of("tag", tmp_path / "run", tmp_path / "tag.yaml", ranks=2)
     assert figures["entity_f1_micro"] > 0.8
     assert in_process(export_main, tmp_path / "run", "--output", tmp_path / "hf") == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import lm_eval.api.metrics
 import numpy as np
 import pytest
 import sacrebleu
@@ -28,7 +29,7 @@ from launcher.verbs.conversion import export_main
 from parallel.common.errors import UserError
 from tests.launcher.test_conversion import in_process
 from tests.launcher.test_generate import alone
-from tests.launcher.tiny import configuration, run, texts
+from tests.launcher.tiny import configuration, in_layout, run, texts
 
 assert launcher.evaluation.tasks
 
@@ -102,6 +103,9 @@ def test_texts_are_compared_as_the_libraries_do(rows: list[tuple[str, str, str]]
     columns = [[one for one, _, _ in rows], [two for _, two, _ in rows]]
     assert figures["bleu"] == pytest.approx(sacrebleu.BLEU(tokenize="zh").corpus_score(found, columns).score)
     assert figures["chrf"] == pytest.approx(sacrebleu.CHRF().corpus_score(found, columns).score)
+    items = list(zip(truth, found, strict=True))
+    assert figures["chrf"] == pytest.approx(lm_eval.api.metrics.chrf(items))
+    assert written(truth, found)["bleu"] == pytest.approx(lm_eval.api.metrics.bleu(items))
     latin = all("铁" not in text for row in rows for text in row)
     if latin:  # rouge-score's own words have no other letters
         scorer = rouge_scorer.RougeScorer(["rougeL"])
@@ -170,14 +174,9 @@ def test_figures_are_the_same_in_layouts_and_in_transformers(trained: Path, stor
     arguments = [word for file in files for word in ("--task", file)]
     found = {}
     for name, layout in {"one": {}, "tp2-pp2": {"tensor": 2, "pipeline": 2}, "cp2": {"context": 2}}.items():
-        config = trained / "config.yaml"
-        kept = config.read_text()
-        config.write_text(yaml.safe_dump({**yaml.safe_load(kept), "parallel": layout}))
         ranks = math.prod(layout.values())
-        try:
+        with in_layout(trained, layout):
             codes, said = run("evaluate", trained, *arguments, "--json", tmp_path / f"{name}.json", ranks=ranks)
-        finally:
-            config.write_text(kept)
         assert codes == [0] * ranks, said
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())["tasks"]
     for other in ("tp2-pp2", "cp2"):
@@ -285,15 +284,10 @@ def test_the_harness_gives_the_numbers_of_its_own_model(
         )["results"]  # fmt: skip
 
     theirs = alone(by_its_own)
-    config = trained / "config.yaml"
-    kept = config.read_text()
-    config.write_text(yaml.safe_dump({**yaml.safe_load(kept), "parallel": {"tensor": 2}}))
-    try:
-        named = [word for name in ("furnace", "reading", "writing") for word in ("--harness", name)]
-        named += ["--include", tmp_path / "tasks"]
+    named = [word for name in ("furnace", "reading", "writing") for word in ("--harness", name)]
+    named += ["--include", tmp_path / "tasks"]
+    with in_layout(trained, {"tensor": 2}):
         codes, said = run("evaluate", trained, *named, "--json", tmp_path / "ours.json", ranks=2)
-    finally:
-        config.write_text(kept)
     assert codes == [0, 0], said
     ours = json.loads((tmp_path / "ours.json").read_text())["tasks"]
     compared = 0

@@ -11,7 +11,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -89,6 +89,18 @@ def configuration(directory: Path, store: Path, **sections: dict[str, Any] | lis
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+@contextmanager
+def in_layout(run: Path, layout: Mapping[str, int]) -> Iterator[None]:
+    """A finished run whose configuration has another layout for a while."""
+    config = run / "config.yaml"
+    kept = config.read_text()
+    config.write_text(yaml.safe_dump({**yaml.safe_load(kept), "parallel": dict(layout)}))
+    try:
+        yield
+    finally:
+        config.write_text(kept)
 
 
 def bloomery(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
