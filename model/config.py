@@ -247,6 +247,8 @@ class LoraConfig:
     targets: list[str] = field(default_factory=list)
     """Matrices that get one, by their names in the field: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj,
     down_proj; empty: all that the model has."""
+    dropout: float = 0.0
+    """Share of the elements of x that A does not see in training; the same ones in every layout."""
     initial_std: float = 0.0
     """Standard deviation of B's initial values; 0: training begins with the very model that is adapted."""
 
@@ -342,6 +344,11 @@ class ModelConfig:
         if self.latent.kv_rank is not None:
             return self.latent.rope_head_size
         return int((self.head_size or self.hidden_size // self.heads) * self.rope_share)
+
+    @property
+    def trains_tied_embeddings(self) -> bool:
+        """Whether the first and the last pipeline stage have gradients of one matrix to add up."""
+        return self.tie_embeddings and self.lora.rank is None
 
     @property
     def depth(self) -> int:

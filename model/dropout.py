@@ -49,16 +49,17 @@ def token_keys(seed: int, sample_ids: Tensor, places: Tensor) -> Tensor:
     return _mixed(_mixed(sample_ids * _SAMPLE + base)[None] + places[:, None] * _GOLDEN)
 
 
-def kept(keys: Tensor, *, channels: int, stream: int, share: float) -> Tensor:
-    """Which elements [sequence, batch, channels] stay when `share` of them are dropped; a stream for each place."""
+def kept(keys: Tensor, *, channels: int, stream: int, share: float, first: int = 0) -> Tensor:
+    """Which elements [sequence, batch, channels] stay when `share` of them are dropped; a stream for each place. The
+    channels are those from `first` on."""
     token = _mixed(keys + _signed(stream * _STREAM % (1 << 64)))[..., None]
-    channel = torch.arange(channels, device=keys.device) * _GOLDEN
+    channel = torch.arange(first, first + channels, device=keys.device) * _GOLDEN
     return _shifted(_mixed(token + channel), 64 - _UNIT_BITS) >= int(share * (1 << _UNIT_BITS))
 
 
-def drop(hidden: Tensor, keys: Tensor, *, stream: int, share: float) -> Tensor:
+def drop(hidden: Tensor, keys: Tensor, *, stream: int, share: float, first: int = 0) -> Tensor:
     """[sequence, batch, hidden] with `share` of the elements zero and the others scaled up by as much."""
-    mask = kept(keys, channels=hidden.shape[-1], stream=stream, share=share)
+    mask = kept(keys, channels=hidden.shape[-1], stream=stream, share=share, first=first)
     return hidden * (mask.to(hidden.dtype) * (1 / (1 - share)))
 
 
@@ -99,7 +100,7 @@ class Residual(torch.nn.Module):
 
     def _add_in_training(self, found: tuple[Tensor, Tensor | None], residual: Tensor, _: float) -> Tensor:
         change = self._whole(found)
-        if self.tokens.dropout_keys is not None:
+        if self.tokens.dropout_keys is not None and self.share:
             change = drop(change, self.tokens.dropout_keys, stream=self.stream, share=self.share)
         return self._normed(residual + change)
 

@@ -120,7 +120,7 @@ class LanguageModel(HybridModel):
 
     def dropped(self, hidden: Tensor, context: LayerContext) -> Tensor:
         """Embedded tokens, some elements dropped."""
-        if context.dropout_keys is None:
+        if context.dropout_keys is None or not self.description.dropout:
             return hidden
         return drop(hidden, context.dropout_keys, stream=0, share=self.description.dropout)
 
@@ -148,13 +148,14 @@ class LanguageModel(HybridModel):
     def context(self, batch: dict[str, Tensor]) -> LayerContext:
         """What the layers are to know of a batch's tokens."""
         device, held = self.topology.device, self.topology.context
-        keys = weights = None
+        keys = all_keys = weights = None
         positions = batch["positions"].to(device, non_blocking=True)
         rotation, local = (None if table is None else table(positions) for table in (self.rotary, self.local_rotary))
         sequence = batch["document_ids"].shape[1]
-        if self.training and self.description.dropout:
+        if self.training and (self.description.dropout or self.description.lora.dropout):
             places = held.part(torch.arange(sequence, device=device))
-            keys = self.own(token_keys(self.seed, batch["sample_ids"].to(device, non_blocking=True), places))
+            all_keys = token_keys(self.seed, batch["sample_ids"].to(device, non_blocking=True), places)
+            keys = self.own(all_keys)
         if self.training and self.description.moe.experts:
             weights = self.own(batch["loss_weights"].to(device, non_blocking=True).T)
         return LayerContext(
@@ -167,6 +168,7 @@ class LanguageModel(HybridModel):
                 prefix=batch["prefix"].cpu() if "prefix" in batch else None,
             ),
             dropout_keys=keys,
+            all_dropout_keys=all_keys,
             weights=weights,
             loss_factor=batch.get("loss_factor"),
         )

@@ -51,6 +51,8 @@ class LayerContext:
     """None where each row is one document, whole on this rank."""
     dropout_keys: Tensor | None
     """[own, batch] int64, a number for each token; None without dropout."""
+    all_dropout_keys: Tensor | None = None
+    """The same of all tokens of `sequence`, [sequence, batch]."""
     weights: Tensor | None
     """[own, batch] float32: how much each token's loss counts; None where nothing in a layer asks."""
     loss_factor: Tensor | None

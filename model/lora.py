@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import xxhash
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -36,35 +37,56 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from model.config import LoraConfig, ModelConfig
+from model.dropout import drop
 from model.families import begins_anew
+from model.layer_context import LayerContext
 from model.projections import ROW_PARALLEL, A, B, Fused, Projection, adapted, projections, scale
+from model.specs import Block
 from parallel.topology import Topology
 
 
 class Adapter(torch.nn.Module):
     """B A x of one projection; x and what comes back are cut over the tensor ranks as the matrix's own are."""
 
-    def __init__(self, projection: Projection, rank: int, *, is_row: bool, like: Tensor, topology: Topology) -> None:
+    tokens: LayerContext
+    """Handed over by the block before each forward pass."""
+    stream = 0
+    """Of dropout: a number of this adapter's own."""
+
+    def __init__(
+        self, projection: Projection, lora: LoraConfig, *, is_row: bool, like: Tensor, topology: Topology
+    ) -> None:
         """`is_row`: of a row-parallel matrix. `like`: its weight, for dtype and device."""
         super().__init__()
+        assert lora.rank is not None
+        self.dropout = lora.dropout
         self.is_row = is_row
         self.partial = topology.sequence_parallel
         self.groups: ProcessGroupCollection = topology.groups
         ranks = topology.config.tensor
         inputs, outputs = projection.inputs // (ranks if is_row else 1), projection.outputs // (1 if is_row else ranks)
-        self.lora_A = torch.nn.Parameter(like.new_empty(rank, inputs))
-        self.lora_B = torch.nn.Parameter(like.new_empty(outputs, rank))
+        self.lora_A = torch.nn.Parameter(like.new_empty(lora.rank, inputs))
+        self.lora_B = torch.nn.Parameter(like.new_empty(outputs, lora.rank))
         self.cut = {A: 1} if is_row else {B: 0}
         for name, dimension in self.cut.items():
             set_tensor_model_parallel_attributes(getattr(self, name), is_parallel=True, dim=dimension, stride=1)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[tokens, batch, inputs] -> [tokens, batch, outputs]."""
+        if self.training and self.dropout:
+            hidden = self._dropped(hidden)
         if self.groups.tp.size() == 1:
             return linear(linear(hidden, self.lora_A), self.lora_B)
         if self.is_row:
             return linear(self._summed(linear(hidden, self.lora_A)), self._read(self.lora_B))
         return linear(self._spread(linear(hidden, self._read(self.lora_A))), self.lora_B)
+
+    def _dropped(self, hidden: Tensor) -> Tensor:
+        """A row-parallel matrix reads some channels of all tokens, the others all channels of some tokens."""
+        keys = self.tokens.all_dropout_keys if self.is_row else self.tokens.dropout_keys
+        assert keys is not None
+        first = self.groups.tp.rank() * hidden.shape[-1] if self.is_row else 0
+        return drop(hidden, keys, stream=self.stream, share=self.dropout, first=first)
 
     def _read(self, whole: Tensor) -> Tensor:
         """A factor that every tensor rank holds."""
@@ -102,17 +124,21 @@ def adapt(chunk: torch.nn.Module, config: ModelConfig, topology: Topology) -> No
     for name, module in linears:
         if adapted(config, name):
             _hang(module, name, config, topology)
+    for block in (module for module in chunk.modules() if isinstance(module, Block)):
+        for path, module in block.named_modules():
+            if isinstance(module, Adapter):
+                module.stream = xxhash.xxh3_64_intdigest(f"{block.layer_number}.{path}".encode())
+                block.told.append(module)
     for name, parameter in chunk.named_parameters():
         parameter.requires_grad_(begins_anew(config, name))
 
 
 def _hang(module: Any, name: str, config: ModelConfig, topology: Topology) -> None:
-    rank, found = config.lora.rank, projections(config, name)
-    assert rank is not None
+    found, row = projections(config, name), name in ROW_PARALLEL
     assert found is not None
     for part in adapted(config, name):
-        row = name in ROW_PARALLEL
-        module.add_module(part.name, Adapter(part, rank, is_row=row, like=module.weight, topology=topology))
+        adapter = Adapter(part, config.lora, is_row=row, like=module.weight, topology=topology)
+        module.add_module(part.name, adapter)
     module.sharded_state_dict = partial(_described, module, module.sharded_state_dict)
     turns = max(1, found.turns // topology.config.tensor)
     module.register_forward_hook(partial(_added, found=replace(found, turns=turns), factor=scale(config)))

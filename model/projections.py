@@ -103,6 +103,11 @@ def problems(config: ModelConfig) -> Iterator[Problem]:
         said = "null with model.latent: its projections down to a latent have no adapters yet"
         yield Problem(key="model.lora.rank", got=lora.rank, legal=said)
         return
+    if not 0 <= lora.dropout < 1:
+        yield Problem(key="model.lora.dropout", got=lora.dropout, legal="a share from 0 to below 1")
+    elif lora.dropout and config.decoder_layers is not None:
+        said = "0 with model.decoder_layers: what cross attention reads is of another stream than what it writes"
+        yield Problem(key="model.lora.dropout", got=lora.dropout, legal=said)
     for name in lora.targets:
         if name not in legal:
             near = difflib.get_close_matches(name, legal, n=1)

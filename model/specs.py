@@ -123,11 +123,12 @@ class Block(TransformerLayer):
             stream=2 * self.layer_number + 1, norm=_calling(self.post_mlp_layernorm), sum_norm=norms[1]
         )
         routers = [part for part in self.modules() if isinstance(part, Router)]
-        self._told = (self.self_attn_bda, self.mlp_bda, *routers)
+        self.told: list[Any] = [self.self_attn_bda, self.mlp_bda, *routers]
+        """Parts that are handed the tokens before each forward pass."""
 
     def forward(self, *arguments: Any, packed_seq_params: Any, **options: Any) -> Any:
         """[sequence, batch, hidden] and a `LayerContext` -> (the same shape, None)."""
-        for part in self._told:
+        for part in self.told:
             part.tokens = packed_seq_params
         return super().forward(*arguments, packed_seq_params=packed_seq_params, **options)
 

@@ -137,7 +137,7 @@ def write_adapters(
         "base_model_name_or_path": None,
         "r": rank,
         "lora_alpha": factor * rank,
-        "lora_dropout": 0.0,
+        "lora_dropout": model.lora.dropout,
         "target_modules": _targets(pairs, found),
         "rank_pattern": ranks,
         "alpha_pattern": {name: factor * number for name, number in ranks.items()},

@@ -59,7 +59,7 @@ def _bytes(case: Case) -> Bytes:
         sizes([*engine.parameters, *engine.frozen], case.config.optimizer),
         mechanism=mechanism(
             layout,
-            tied=case.config.model.tie_embeddings,
+            tied=case.config.model.trains_tied_embeddings,
             sharers=topology.data_parallel_group.size(),
             optimizer=case.config.optimizer.name,
         ),

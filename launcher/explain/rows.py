@@ -62,7 +62,7 @@ def rows(config: RunConfig, ranks: int, *, vocabulary_size: int) -> Iterator[Row
                 )
             how = mechanism(
                 candidate,
-                tied=config.model.tie_embeddings,
+                tied=config.model.trains_tied_embeddings,
                 sharers=ranks // (candidate.tensor * candidate.pipeline),
                 optimizer=config.optimizer.name,
             )

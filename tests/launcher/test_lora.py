@@ -15,12 +15,13 @@ from torch.nn.functional import cross_entropy
 
 from launcher.conversion import adapter, export
 from launcher.conversion.adapter import Theirs, adapters, write_adapters
-from launcher.conversion.check import our_outputs
+from launcher.conversion.check import compare_logits, our_outputs
 from launcher.conversion.export import Weights
 from launcher.conversion.in_memory import in_transformers
 from launcher.places import find_checkpoint
 from launcher.verbs.conversion import export_main
 from launcher.verify.batches import Traits
+from launcher.verify.matrix import row
 from launcher.verify.measure import Case, batch_of, engine_of
 from launcher.verify.world import run_world
 from launcher.work import Ranks
@@ -30,11 +31,13 @@ from model.lora import without
 from model.projections import is_adapter
 from model.size import flops_per_token, parameter_count
 from parallel.checkpoint.stream import StoredTensors
+from parallel.config import ParallelConfig
 from parallel.engine import Engine
 from tests.distributed.layouts import MODEL, VOCABULARY, tiny
 from tests.launcher.test_exact_resume import stopped
+from tests.launcher.test_finetune import conversations, written
 from tests.launcher.test_train import records
-from tests.launcher.tiny import configuration, run
+from tests.launcher.tiny import ROOT, configuration, run
 
 pytestmark = [
     pytest.mark.distributed,
@@ -124,20 +127,55 @@ def _distance(expected: Tensor, ours: Tensor, own: Theirs) -> float:
     return float((expected * mask - ours).norm() / ours.norm())
 
 
+@pytest.mark.truth
+@pytest.mark.parametrize("named", ["pythia-14m", "gpt2-124m", "bert-base", "t5-small", "gemma3-1b", "qwen3-moe-35m"])
+def test_every_kind_of_family_is_exported_both_ways(named: str, tmp_path: Path) -> None:
+    files = [str(ROOT / "configs" / "model" / f"{named}.yaml")]
+    config = row(named, files, ["model.lora.rank=8", "model.lora.alpha=4"], 1).proofs[0].config
+    assert run_world(lambda: both_ways(Case(config=config, ranks=1), tmp_path), 1) == [None]
+
+
+def both_ways(case: Case, directory: Path) -> None:
+    """Compares our model, adapters beside its matrices, with theirs, merged and by `peft`; raises where they differ."""
+    model = case.config.model
+    case = replace(case, config=replace(case.config, parallel=ParallelConfig(zero_stage=0)))
+    tensors = Held(gathered(engine_of(case), gradients=False))
+    pairs = pairs_of(without(model))
+    write_adapters(directory, model, pairs, list(adapters(model, pairs, tensors)), torch.float32)
+    apart = peft.PeftModel.from_pretrained(in_transformers(case.config, without(model), tensors), directory)
+    compare_logits(model, tensors.tensors, apart, sequence_length=case.config.train.sequence_length)
+    tensors.merged = model
+    merged = in_transformers(case.config, without(model), tensors)
+    compare_logits(model, tensors.tensors, merged, sequence_length=case.config.train.sequence_length)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
     """The run of a pretrained model."""
     directory = tmp_path_factory.mktemp("base")
-    codes, said = run("train", configuration(directory, store))
+    sections = {"train": {"steps": 60, "global_batch_size": 8}, "checkpoint": {"every_steps": 60}}
+    codes, said = run("train", configuration(directory, store, **sections))
     assert codes == [0], said
     return directory / "run"
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory, store: Path, base: Path) -> Path:
-    """Its adapters, trained on two tensor ranks; the directory of configuration and run."""
+def chats(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
+    """Conversations, of which the base model has seen none."""
+    directory = tmp_path_factory.mktemp("chats")
+    file, output = written(directory / "chat.jsonl", conversations(60)), directory / "store"
+    codes, said = run("data", "examples", file, "--tokenizer", store, "--output", output, "--validation-share", "0.2")
+    assert codes == [0], said
+    return output
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, chats: Path, base: Path) -> Path:
+    """The adapters that learnt them on two tensor ranks; the directory of configuration and run."""
     directory = tmp_path_factory.mktemp("tuned")
-    codes, said = run("train", adapting(directory, store, base, parallel={"tensor": 2}), ranks=2)
+    train = {"objective": "answers", "sequence_length": 64}
+    config = adapting(directory, chats, base, train=train, parallel={"tensor": 2}, optimizer={"learning_rate": 2e-2})
+    codes, said = run("train", config, ranks=2)
     assert codes == [0, 0], said
     assert "trained: 3.71K of them (8.5 %)" in said
     return directory
@@ -146,7 +184,9 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, store: Path, base: Path) -> 
 def adapting(directory: Path, store: Path, base: Path | None, **sections: Any) -> Path:
     directory.mkdir(exist_ok=True)
     start = {} if base is None else {"checkpoint": {"load": str(base), "load_parts": "weights"}}
-    return configuration(directory, store, **{"model": {"lora": {"rank": 4, "alpha": 8}}, **start, **sections})
+    return configuration(
+        directory, store, **{"model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.05}}, **start, **sections}
+    )
 
 
 def exported(*arguments: str | Path) -> None:
@@ -156,7 +196,7 @@ def exported(*arguments: str | Path) -> None:
 
 
 def test_frozen_matrices_keep_every_bit_and_have_no_state(base: Path, tuned: Path) -> None:
-    before = StoredTensors(base / "checkpoints" / "step-00000012")
+    before = StoredTensors(base / "checkpoints" / "step-00000060")
     after = StoredTensors(tuned / "run" / "checkpoints" / "step-00000012")
     weights = {name for name in before.shapes if name.startswith("weight.")}
     learnt = after.shapes.keys() - before.shapes.keys()
@@ -167,6 +207,11 @@ def test_frozen_matrices_keep_every_bit_and_have_no_state(base: Path, tuned: Pat
         name.partition(".")[2] for name in learnt if name.startswith("weight.")
     }
     assert all(after.read(name).any() for name in learnt)
+
+
+def test_adapters_learn(tuned: Path) -> None:
+    found = [record["loss"] for record in records(tuned)]
+    assert found[-1] < 0.75 * found[0]
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(tuned: Path) -> None:
@@ -237,6 +282,11 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(base: Path, tuned: Path,
             (base, {"model": experts}, "expected some of q_proj, k_proj, v_proj, o_proj: experts have no adapters"),
             (base, {"model": deep}, "model.lora.rank is 4: expected null with model.latent"),
             (base, everything, "checkpoint.load_parts is 'everything': expected weights"),
+            (
+                base,
+                {"model": {"lora": {"rank": 4, "dropout": 1}}},
+                "model.lora.dropout is 1.0: expected a share from 0",
+            ),
             (base, {"model": {"lora": {"rank": 0}}}, "model.lora.rank is 0: expected a number above 0"),
             (tuned / "run", {"model": {"lora": {"rank": 4}}}, "model.lora.alpha is None: expected 8.0, as"),
             (tuned / "run", {"model": {}}, "holds adapters, and model.lora.rank is null"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from launcher.explain.measured import bytes_held
-from model.config import LatentConfig, MoeConfig
+from model.config import LatentConfig, LoraConfig, MoeConfig
 from tests.distributed.layouts import tiny
 
 pytestmark = [pytest.mark.distributed, pytest.mark.truth]
@@ -40,6 +40,7 @@ LATENT = {
         (4, torch.bfloat16, {}, {"zero_stage": 1, "pipeline": 2, "virtual_pipeline": 2}),
         (4, torch.float32, {"moe": MOE}, {"zero_stage": 2, "expert": 2}),
         (4, torch.bfloat16, {"moe": MOE}, {"zero_stage": 1, "expert": 2, "tensor": 2}),
+        (4, torch.bfloat16, {"tie_embeddings": True, "lora": LoraConfig(rank=3)}, {"zero_stage": 2, "pipeline": 2}),
         (4, torch.bfloat16, LATENT, {"zero_stage": 1, "expert": 2, "tensor": 2}),
     ],
     ids=str,
