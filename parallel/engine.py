@@ -29,6 +29,7 @@ from parallel.mechanism import mechanism
 from parallel.optimizer import PlainUpdater
 from parallel.parameters import local_parameters
 from parallel.schedules import Schedule
+from parallel.sharded import ShardedUpdater
 from parallel.topology import Topology, add_up
 from parallel.updater import Kind, Updater, never
 from parallel.whole import WholeUpdater
@@ -111,11 +112,13 @@ class _Stage(torch.nn.Module):
         return self._run(batch)
 
 
-def _updater(optimizer: OptimizerConfig, topology: Topology) -> Callable[..., Updater]:
+def _updater(optimizer: OptimizerConfig, topology: Topology, *, tied: bool) -> Callable[..., Updater]:
     """What takes the steps; `parallel.mechanism` says why."""
-    how = mechanism(topology.config, tied=False, sharers=topology.data_parallel_group.size(), optimizer=optimizer.name)
+    how = mechanism(topology.config, tied=tied, sharers=topology.data_parallel_group.size(), optimizer=optimizer.name)
     if how.whole_parameters:
         return WholeUpdater
+    if how.own:
+        return ShardedUpdater
     return ZeroUpdater if how.stage else PlainUpdater
 
 
@@ -147,7 +150,8 @@ class Engine:
         several = topology.config.pipeline > 1
         everything = local_parameters(chunks, last_stage_of_several=several and topology.is_last_pipeline_stage)
         self.parameters, self.frozen = trained_and_frozen(everything, optimizer)
-        self.updater: Updater = _updater(optimizer, topology)(
+        tied = any(local.tied for local in self.parameters)
+        self.updater: Updater = _updater(optimizer, topology, tied=tied)(
             _Chunks(chunks), self.parameters, config=optimizer, topology=topology
         )
         self.average = None

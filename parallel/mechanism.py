@@ -34,6 +34,8 @@ class Mechanism:
     reduction: Reduction
     reason: str
     """Why it is so, one sentence."""
+    own: bool = False
+    """Whether it is our own ZeRO (`parallel.sharded`)."""
     whole_parameters: bool = False
     """Whether each parameter is stepped whole, by one rank (`parallel.whole`)."""
 
@@ -89,8 +91,14 @@ def mechanism(layout: ParallelConfig, *, tied: bool, sharers: int, optimizer: st
         reason = "a gradient is reduced as soon as it is there, and each rank adds up its own part in fp32"
     if stage == 3:
         reason += "; weights are gathered layer by layer"
+    own = stage == 1 and not layout.offload
     return Mechanism(
-        stage=stage, runs=f"DeepSpeed ZeRO stage {stage}", sharded=_SHARDED[stage], reduction=reduction, reason=reason
+        stage=stage,
+        runs=f"{'our own' if own else 'DeepSpeed'} ZeRO stage {stage}",
+        sharded=_SHARDED[stage],
+        reduction=reduction,
+        reason=reason,
+        own=own,
     )
 
 

@@ -1,10 +1,9 @@
 """Bytes that a rank holds of weights and optimizer, as arithmetic on its parameters.
 
 It stands beside what `Updater.held` counts over live tensors, kind by kind, and is tested to be equal to it, padding
-included: ZeRO-1 and 2 cut each flat group of parameters into equal parts, ZeRO-3 each parameter; an optimizer of whole
-parameters deals them out to owners. Activations are not in
-here, nor is what a step takes besides while it runs: at ZeRO-1 and 2 once more the gradients of this rank's part, in
-fp32. Imports without torch.
+included: ZeRO-1 cuts each bucket of parameters into equal parts, ZeRO-2 each flat group, ZeRO-3 each parameter; an
+optimizer of whole parameters deals them out to owners. Activations are not in here, nor is what a step takes besides
+while it runs: DeepSpeed's ZeRO-1 and 2 once more the gradients of this rank's part, in fp32. Imports without torch.
 """
 
 import heapq
@@ -20,6 +19,10 @@ average of the weights, where a run keeps one."""
 HOST = "host_"
 """Prefix of what lies in the host's memory while the model is on an accelerator."""
 
+_ALIGNMENT = 8
+_WORTH_A_CALL = 1_000_000
+"""Elements below which a bucket saves nothing: gloo takes 0.4 ms for a collective however small it is, 4 ms for so
+many."""
 _BUCKETS, _LARGEST_BUCKET, _SMALLEST_BUCKET = 8, 50_000_000, 1024
 
 
@@ -64,6 +67,25 @@ def bucket_elements(elements: int) -> int:
     return min(_LARGEST_BUCKET, max(_SMALLEST_BUCKET, math.ceil(elements / _BUCKETS)))
 
 
+def in_buckets(elements: Sequence[int], *, total: int) -> list[list[int]]:
+    """Parameters that are stepped alike, by number, in the buckets of our own ZeRO-1: the last ones first, since their
+    gradients come first. `total` are the elements of all parameters of the rank."""
+    found: list[list[int]] = []
+    room = 0
+    for number in reversed(range(len(elements))):
+        if elements[number] > room:
+            found.append([])
+            room = max(bucket_elements(total), _WORTH_A_CALL)
+        found[-1].append(number)
+        room -= elements[number]
+    return found
+
+
+def padded(elements: int, ranks: int) -> int:
+    """Elements of a bucket that ranks share equally, each beginning at a multiple of 16 bytes."""
+    return math.ceil(elements / (_ALIGNMENT * ranks)) * _ALIGNMENT * ranks
+
+
 def predicted(
     sizes: Sequence[Size], *, mechanism: Mechanism, width: int, sharing: Sharing, offload: bool, averaged: bool = False
 ) -> dict[str, int]:
@@ -76,6 +98,8 @@ def predicted(
         found = _owned(trained, mechanism, width, sharing)
     elif mechanism.stage == 0:
         found = _whole(trained, width)
+    elif mechanism.own:
+        found = _parts_of_buckets(trained, width, sharing)
     elif mechanism.stage == 3:
         found = _parts_of_each(trained, width, sharing, offload)
     else:
@@ -102,7 +126,7 @@ def _averaged(sizes: Sequence[Size], mechanism: Mechanism, sharing: Sharing) -> 
     if mechanism.stage == 3:
         return _shares(sizes, sharing)
     total = 0
-    for group in _groups(sizes, sharing):
+    for group in _buckets(sizes, sharing) if mechanism.own else _groups(sizes, sharing):
         rank = group.rank or 0
         total += max(0, min(group.part, group.elements - rank * group.part))
     return total
@@ -165,6 +189,12 @@ def _parts_of_each(sizes: Sequence[Size], width: int, sharing: Sharing, offload:
     return _kinds(weights=width * own, buffers=buffers, masters=4 * own, moments=8 * own, gradients=4 * own)
 
 
+def _parts_of_buckets(sizes: Sequence[Size], width: int, sharing: Sharing) -> dict[str, int]:
+    found = list(_buckets(sizes, sharing))
+    all_of_them, own = sum(bucket.padded for bucket in found), sum(bucket.part for bucket in found)
+    return _kinds(weights=width * all_of_them, masters=4 * own, moments=8 * own, gradients=4 * all_of_them)
+
+
 def _parts_of_groups(
     sizes: Sequence[Size], mechanism: Mechanism, width: int, sharing: Sharing, offload: bool
 ) -> dict[str, int]:
@@ -200,7 +230,7 @@ def _kinds(**found: int) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Group:
-    """Parameters that ZeRO-1 and 2 flatten together and cut into equal parts."""
+    """Parameters that lie one behind another and are cut into equal parts."""
 
     elements: int
     padded: int
@@ -211,22 +241,39 @@ class _Group:
     """Elements of all parameters of which a part lies in this rank's part."""
 
 
-def _groups(sizes: Sequence[Size], sharing: Sharing) -> Iterator[_Group]:
-    kinds = sorted({(size.is_expert, size.group) for size in sizes})
-    for is_expert, group in kinds:
-        ranks = sharing.expert_ranks if is_expert else sharing.ranks
-        rank = sharing.expert_rank if is_expert else sharing.rank
+def _alike(sizes: Sequence[Size], sharing: Sharing) -> Iterator[tuple[list[int], int, int | None]]:
+    """Elements of the parameters that are stepped alike, and the ranks that share them, and which is meant."""
+    for is_expert, group in sorted({(size.is_expert, size.group) for size in sizes}):
         members = [size.elements for size in sizes if (size.is_expert, size.group) == (is_expert, group)]
+        if is_expert:
+            yield members, sharing.expert_ranks, sharing.expert_rank
+        else:
+            yield members, sharing.ranks, sharing.rank
+
+
+def _groups(sizes: Sequence[Size], sharing: Sharing) -> Iterator[_Group]:
+    """As DeepSpeed flattens them at ZeRO-1 and 2."""
+    for members, ranks, rank in _alike(sizes, sharing):
         unit = 2 * ranks
-        padded = math.ceil(sum(members) / unit) * unit
-        touched = _touched(members, padded // ranks, ranks)
+        filled = math.ceil(sum(members) / unit) * unit
+        touched = _touched(members, filled // ranks, ranks)
         yield _Group(
             elements=sum(members),
-            padded=padded,
-            part=padded // ranks,
+            padded=filled,
+            part=filled // ranks,
             rank=rank,
             touched=max(touched) if rank is None else touched[rank],
         )
+
+
+def _buckets(sizes: Sequence[Size], sharing: Sharing) -> Iterator[_Group]:
+    """As our own ZeRO-1 lays them."""
+    total = sum(size.elements for size in sizes)
+    for members, ranks, rank in _alike(sizes, sharing):
+        for numbers in in_buckets(members, total=total):
+            elements = sum(members[number] for number in numbers)
+            filled = padded(elements, ranks)
+            yield _Group(elements=elements, padded=filled, part=filled // ranks, rank=rank, touched=elements)
 
 
 def _touched(members: Sequence[int], part: int, ranks: int) -> list[int]:

@@ -1,9 +1,9 @@
 """What the engine knows of an optimizer: where gradients accumulate, when they are reduced, how a step is taken, what a
 checkpoint keeps.
 
-Three things stand behind `Updater`. `ZeroUpdater` (parallel/zero.py) is DeepSpeed's ZeRO, for optimizers that may be
-cut anywhere; `PlainUpdater` (parallel/optimizer.py) steps those unsharded; `WholeUpdater` (parallel/whole.py) steps
-each parameter whole on one rank, for all others.
+Four things stand behind `Updater`. For optimizers that may be cut anywhere `PlainUpdater` (parallel/optimizer.py) steps
+unsharded, `ShardedUpdater` (parallel/sharded.py) is ZeRO-1, `ZeroUpdater` (parallel/zero.py) DeepSpeed's ZeRO-2 and 3
+and steps on the host; `WholeUpdater` (parallel/whole.py) steps each parameter whole on one rank, for all others.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -134,9 +134,13 @@ def reduce_tied(parameters: Sequence[LocalParameter], gradients: Sequence[Tensor
 
 def add_squares(total: Tensor, pairs: Iterable[tuple[LocalParameter, Tensor]], topology: Topology) -> None:
     """Adds to `total` [] float64 the squares of gradients, or of parts of them, each once in a whole model."""
-    for local, gradient in pairs:
-        if (local.cut_over_tensor_ranks or topology.tensor_rank == 0) and not local.tied_copy:
-            total += torch.linalg.vector_norm(gradient).double().square().to(total.device)
+    counted = [
+        gradient
+        for local, gradient in pairs
+        if (local.cut_over_tensor_ranks or topology.tensor_rank == 0) and not local.tied_copy
+    ]
+    if counted:
+        total += torch.stack(torch._foreach_norm(counted)).double().square().sum().to(total.device)
 
 
 def add_into(total: Tensor) -> Callable[[Tensor], None]:

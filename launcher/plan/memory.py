@@ -120,7 +120,7 @@ def _state(
                 "gradients": held["gradients"],
                 "masters and moments": held["masters"] + held["moments"] + held.get("averages", 0),
                 "buffers": held["buffers"] + gathered,
-                "update": own if how.stage in (1, 2) else 0,
+                "update": own if how.stage in (1, 2) and not how.own else 0,
             }
             found[key]["all"] = sum(found[key][kind] for kind in (*KINDS[:3], "buffers"))
         stages.append(found[key])

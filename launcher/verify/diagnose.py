@@ -266,11 +266,7 @@ def _micro_batches(evidence: _Evidence) -> str | None:
 
 def _skipped_by_zero(evidence: _Evidence) -> str:
     """Why gradients are missing, where nothing but ZeRO takes them away."""
-    if not any(name.startswith("ZeRO") for name in evidence.needed):
-        return ""
-    if "pipeline" not in evidence.needed:
-        return ": ZeRO did not reduce them"
-    return ": the backward epilogue of ZeRO was skipped where backward passes follow each other without a forward"
+    return ": ZeRO did not reduce them" if any(name.startswith("ZeRO") for name in evidence.needed) else ""
 
 
 def _even(numbers: np.ndarray) -> bool:

@@ -5,7 +5,7 @@ Each bug trains on without an error. It is planted in this process, whose worlds
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from parallel import engine, optimizer
 from parallel.context import ContextParallel
 from parallel.engine import Engine
 from parallel.optimizer import PlainUpdater
-from parallel.zero import ZeroUpdater
+from parallel.sharded import ShardedUpdater
 
 pytestmark = [pytest.mark.distributed, pytest.mark.truth]
 
@@ -102,19 +102,20 @@ def test_labels_shifted_after_the_sequence_was_cut(monkeypatch: pytest.MonkeyPat
     verify(2, "parallel.tensor=2").says("labels are shifted after the sequence was cut", of=r"\w")
 
 
-def test_zero_epilogue_skipped_in_the_cool_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_reset(self: ZeroUpdater, _module: torch.nn.Module, _inputs: Any, output: Tensor) -> None:
-        def expect(gradient: Tensor) -> Tensor:
-            self._engine._manual_backward_expected = True
-            return gradient
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gradients_that_zero_does_not_reduce(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    interleaved = ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.layers=4") if ranks == 4 else ()
+    monkeypatch.setattr(ShardedUpdater, "_send", lambda _updater, everything=False: None)
+    verify(ranks, *interleaved).says("something that takes ZeRO-1, data parallel", of=r"\w", proof="fp32 ZeRO-1")
 
-        if output.requires_grad:
-            output.register_hook(expect)
 
-    monkeypatch.setattr(ZeroUpdater, "_reset_at_backward", without_reset)
-    verify(4, "parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.layers=4", "precision=bf16").says(
-        r"(lack micro-batches|are missing).*: the backward epilogue of ZeRO was skipped", of=r"\w", proof="bf16 ZeRO-1"
-    )
+def test_a_bucket_that_left_before_its_last_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def always_the_last(_updater: ShardedUpdater) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    monkeypatch.setattr(ShardedUpdater, "all_but_last_micro_batch", always_the_last)
+    cause = "RuntimeError: .*weight got a second gradient in the last backward pass"
+    assert re.search(cause, verify(2).cause)
 
 
 def test_context_chunks_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
