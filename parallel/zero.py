@@ -1,4 +1,4 @@
-"""ZeRO stages 1, 2 and 3: DeepSpeed shards what the optimizer holds over the data-parallel ranks.
+"""ZeRO stages 2 and 3, and 1 to 3 with the optimizer on the host: DeepSpeed shards over the data-parallel ranks.
 
 Source: Rajbhandari et al., 2020, arXiv:1910.02054. What is sharded and when gradients are reduced in which layout is
 `parallel.mechanism`'s decision; this module carries it out. DeepSpeed was not made to be driven by megatron-core's
