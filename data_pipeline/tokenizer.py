@@ -146,6 +146,11 @@ class Tokenizer:
         write_text(path, _content(changed))
 
     @property
+    def surrounds(self) -> bool:
+        """Whether its file puts tokens around each text, for programs that leave that to the tokenizer."""
+        return self._backend.num_special_tokens_to_add(is_pair=False) > 0
+
+    @property
     def fingerprint(self) -> str:
         """xxh3-128 of the file that `save` writes."""
         return hash_bytes(self.to_json().encode())

@@ -29,7 +29,7 @@ from launcher.runtime import in_ranks
 from launcher.verbs.conversion import ExportJob
 from launcher.work import Ranks
 from model import families, lora, mup
-from model.config import ModelConfig
+from model.config import ModelConfig, ObjectiveName
 from model.hf.families import config_json, pairs_of
 from model.hf.pairs import Pair
 from model.lora import change
@@ -212,8 +212,9 @@ def _write_descriptions(directory: Path, job: ExportJob, config: RunConfig, mode
             "eos_token_id": tokenizer.end_of_document,
             "pad_token_id": tokenizer.padding,
         }
-        if model.classes.number:
-            tokenizer.save_around(directory / "tokenizer.json", *around(tokenizer, model))
+        before, behind = around(tokenizer, config)
+        if (before or behind) and (model.classes.number or not tokenizer.surrounds):
+            tokenizer.save_around(directory / "tokenizer.json", before, behind)
         else:
             tokenizer.save(directory / "tokenizer.json")
         write_json(directory / "tokenizer_config.json", _tokenizer_config(tokenizer, config, facts))
@@ -224,12 +225,16 @@ def _write_descriptions(directory: Path, job: ExportJob, config: RunConfig, mode
         _write_plain(directory / "generation_config.json", ids)
 
 
-def around(tokenizer: Tokenizer, model: ModelConfig) -> tuple[list[int], list[int]]:
-    """What a model with a head for classes reads before and behind a text."""
-    if families.family(model).architecture is families.Architecture.encoder:
-        known = of_tokenizer(tokenizer)
-        return [known.first], [known.separator]
-    return [tokenizer.end_of_document], []
+def around(tokenizer: Tokenizer, config: RunConfig) -> tuple[list[int], list[int]]:
+    """What a model reads before and behind a text, as in training: an encoder, and one with a head for classes. A model
+    that goes on with a text is given its beginning by whoever asks."""
+    model, end = config.model, tokenizer.end_of_document
+    if families.family(model).architecture is not families.Architecture.encoder:
+        return ([end], []) if model.classes.number else ([], [])
+    if families.objective(model, config.train.objective) == ObjectiveName.masked_lm:
+        return [end], [end]
+    known = of_tokenizer(tokenizer)
+    return [known.first], [known.separator]
 
 
 def _write_plain(path: Path, content: Mapping[str, Any]) -> None:
@@ -291,4 +296,12 @@ def _tokenizer_config(tokenizer: Tokenizer, config: RunConfig, facts: Facts | No
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", *(["token_type_ids"] if encoder else []), "attention_mask"],
         **({} if template is None else {"chat_template": template}),
+        **(_marks(tokenizer) if encoder else {}),
     }
+
+
+def _marks(tokenizer: Tokenizer) -> dict[str, str]:
+    """What `transformers` asks an encoder's tokenizer for."""
+    known = of_tokenizer(tokenizer)
+    named = {"mask_token": known.mask, "cls_token": known.first, "sep_token": known.separator}
+    return {name: tokenizer.token(number) for name, number in named.items()}

@@ -175,7 +175,7 @@ def _labels(asked: Asked, task: Task, of: Classified) -> tuple[str, ...]:
 def _classes(asked: Asked, task: Task, records: Records) -> list[str]:
     """What the head says of each text, by name; of a text that is too long its beginning is read."""
     labels = _labels(asked, task, Classified.texts)
-    before, behind = around(asked.tokenizer, asked.config.model)
+    before, behind = around(asked.tokenizer, asked.config)
     room, rows = asked.config.train.sequence_length - len(before) - len(behind), []
     for ids in asked.tokenizer.encode_batch([filled(task, record) for record in records]):
         read = [*before, *ids[:room], *behind]
@@ -200,7 +200,7 @@ def _token_classification(asked: Asked, task: Task, records: Records) -> Found:
 
 def _pieces(asked: Asked, words: Sequence[str]) -> list[Row]:
     """Words as a head reads them, each asked for at its first token; what is too long for a row in several."""
-    before, behind = around(asked.tokenizer, asked.config.model)
+    before, behind = around(asked.tokenizer, asked.config)
     room = asked.config.train.sequence_length - len(before) - len(behind)
     encoded = asked.tokenizer.encode_batch([f" {word}" if place else word for place, word in enumerate(words)])
     pieces: list[tuple[list[int], list[int]]] = [([], [])]

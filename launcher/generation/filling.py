@@ -6,12 +6,10 @@ import torch
 
 from data_pipeline.marks import of_tokenizer
 from data_pipeline.tokenizer import Tokenizer
-from launcher.conversion.export import needed_tokenizer
+from launcher.conversion.export import around, needed_tokenizer
 from launcher.conversion.in_memory import in_memory, needs_transformers
 from launcher.generation.writer import MASK
 from launcher.places import Checkpoint
-from model import families
-from model.config import ObjectiveName
 from parallel.common.errors import UserError
 
 Candidates = list[tuple[str, float]]
@@ -30,11 +28,8 @@ class Filler:
         self.tokenizer: Tokenizer = needed_tokenizer(checkpoint, config)
         self.model: Any = in_memory(checkpoint)
         self.window = config.model.positions or config.train.sequence_length
-        known, end = of_tokenizer(self.tokenizer), self.tokenizer.end_of_document
-        pairs = families.objective(config.model, config.train.objective) == ObjectiveName.masked_lm_next_sentence
-        self.mask = known.mask
-        self.around = (known.first, known.separator) if pairs else (end, end)
-        """What stands before and behind a text, as in training."""
+        self.mask = of_tokenizer(self.tokenizer).mask
+        self._before, self._behind = around(self.tokenizer, config)
 
     def read(self, text: str) -> list[int]:
         """The ids of a text with its gaps.
@@ -45,12 +40,12 @@ class Filler:
         first, *others = self.tokenizer.encode_batch(text.split(MASK))
         if not others:
             raise UserError(f"the prompt {text!r} has no {MASK}: expected one where a token is to be filled in.")
-        ids = [self.around[0], *first]
+        ids = [*self._before, *first]
         for part in others:
             ids += [self.mask, *part]
         if len(ids) >= self.window:
             raise UserError(f"the prompt {text!r} has {len(ids)} tokens: expected fewer than {self.window}.")
-        return [*ids, self.around[1]]
+        return [*ids, *self._behind]
 
     def fill(self, text: str, count: int = 5) -> tuple[str, list[Candidates]]:
         """The text with the likeliest tokens, and for each gap the likeliest ones."""

@@ -79,21 +79,23 @@ def asked(directory: Path, records: list[dict[str, Any]], layout: dict[str, int]
 
 
 def pairs_are_told_as_by_transformers(directory: Path, model: Any, tokenizer: Any) -> None:
+    fills = transformers.pipeline("fill-mask", model=str(directory.parent / "hf"))
+    (sample,) = [json.loads(line) for line in (directory / "run" / "samples.jsonl").read_text().splitlines()]
+    best = fills(f"iron {tokenizer.mask_token}", top_k=5)
+    for (text, share), each in zip(sample["candidates"][0], best, strict=True):
+        assert (text, share) == (each["token_str"], pytest.approx(each["score"], rel=1e-4))
     words = [text.split() for text in texts("pairs", 20)]
     records = [
         {"first": " ".join(each[:10]), "second": " ".join(each[10:20]), "label": number % 3 > 0}
         for number, each in enumerate(words)
     ]
     figures = asked(directory, records, {"context": 2}, kind="next_sentence", prompt="{first}")
-    first, separator = (tokenizer.convert_tokens_to_ids(f"<|reserved_{number:02d}|>") for number in (4, 5))
     told = []
     for record in records:
-        one, other = (tokenizer(record[field])["input_ids"] for field in ("first", "second"))
-        ids = [first, *one, separator, *other, separator]
-        assert len(ids) <= 32
-        segments = torch.tensor([[0] * (len(one) + 2) + [1] * (len(other) + 1)])
+        read = tokenizer(record["first"], record["second"], return_tensors="pt")
+        assert read["input_ids"].shape[1] <= 32
         with torch.no_grad():
-            answers = model(torch.tensor([ids]), token_type_ids=segments).seq_relationship_logits
+            answers = model(**read).seq_relationship_logits
         told.append(not int(answers.argmax()))  # theirs says first that it follows
     expected = classified([str(record["label"]) for record in records], [str(each) for each in told])
     assert figures == {"kind": "next_sentence", "records": 20, **expected}
