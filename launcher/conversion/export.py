@@ -212,6 +212,8 @@ def _write_descriptions(directory: Path, job: ExportJob, config: RunConfig, mode
             "eos_token_id": tokenizer.end_of_document,
             "pad_token_id": tokenizer.padding,
         }
+        if families.family(model).architecture is families.Architecture.encoder_decoder:
+            ids["decoder_start_token_id"] = tokenizer.padding
         before, behind = around(tokenizer, config)
         if (before or behind) and (model.classes.number or not tokenizer.surrounds):
             tokenizer.save_around(directory / "tokenizer.json", before, behind)
@@ -228,11 +230,14 @@ def _write_descriptions(directory: Path, job: ExportJob, config: RunConfig, mode
 def around(tokenizer: Tokenizer, config: RunConfig) -> tuple[list[int], list[int]]:
     """What a model reads before and behind a text, as in training: an encoder, and one with a head for classes. A model
     that goes on with a text is given its beginning by whoever asks."""
-    model, end = config.model, tokenizer.end_of_document
-    if families.family(model).architecture is not families.Architecture.encoder:
-        return ([end], []) if model.classes.number else ([], [])
+    model, end = config.model, [tokenizer.end_of_document]
+    architecture = families.family(model).architecture
+    if architecture is families.Architecture.causal:
+        return (end, []) if model.classes.number else ([], [])
+    if architecture is families.Architecture.encoder_decoder:
+        return [], end
     if families.objective(model, config.train.objective) == ObjectiveName.masked_lm:
-        return [end], [end]
+        return end, end
     known = of_tokenizer(tokenizer)
     return [known.first], [known.separator]
 

@@ -79,7 +79,8 @@ class Writer:
             ids = self._turns.prompt(list(messages))
         except Refused as reason:
             raise UserError(f"the conversation cannot be read: {reason}.") from None
-        return ids if self.two_stacks else [self.tokenizer.end_of_document, *ids]
+        end = self.tokenizer.end_of_document
+        return [*ids, end] if self.two_stacks else [end, *ids]
 
     def _ends_of_turns(self) -> set[int]:
         """Special tokens that the chat template puts behind what the assistant says."""

@@ -104,23 +104,19 @@ def pairs_are_told_as_by_transformers(directory: Path, model: Any, tokenizer: An
 def spans_are_told_as_by_transformers(directory: Path, model: Any, tokenizer: Any) -> None:
     """Drawn, because after thirty steps the likeliest span is an empty one."""
     prompts = ["iron ore [MASK] air fire [MASK]", "clay [MASK] slag"]
-    end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
-    sentinels = [tokenizer.convert_tokens_to_ids(f"<|reserved_{number}|>") for number in (16, 17)]
-    read = []
-    for prompt in prompts:
-        parts = [tokenizer(part)["input_ids"] for part in prompt.split("[MASK]")]
-        marks = [*sentinels[: len(parts) - 1], end]
-        read.append([token for part, mark in zip(parts, marks, strict=True) for token in (*part, mark)])
-    longest = max(map(len, read))
-    tokens = torch.tensor([[*ids, *[padding] * (longest - len(ids))] for ids in read])
+    marks = [f"<|reserved_{number}|>" for number in (16, 17)]
+    sentinels = tokenizer.convert_tokens_to_ids(marks)
+    read = tokenizer(
+        [prompt.replace("[MASK]", marks[0], 1).replace("[MASK]", marks[1]) for prompt in prompts],
+        padding=True,
+        return_tensors="pt",
+    )
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
     for seed in range(10):  # until both say something
         torch.manual_seed(seed)
-        rows = model.generate(
-            tokens, attention_mask=(tokens != padding).long(), max_new_tokens=16, do_sample=True, top_k=0, top_p=1.0,
-            eos_token_id=end, pad_token_id=padding, decoder_start_token_id=padding,
-        ).tolist()  # fmt: skip
+        rows = model.generate(**read, max_new_tokens=16, do_sample=True, top_k=0, top_p=1.0).tolist()
         told = [
-            [span(row[1:], mark, {*sentinels[: prompt.count("[MASK]")], end, padding}, tokenizer) for mark in sentinels]
+            [span(row[1:], mark, {*sentinels[: prompt.count("[MASK]")], *ends}, tokenizer) for mark in sentinels]
             for prompt, row in zip(prompts, rows, strict=True)
         ]
         if told[0][0] and told[1][0]:
