@@ -16,10 +16,12 @@ quickstart: venv ## from raw text to a trained model; DATA=path takes your own j
 	@env -u OMP_NUM_THREADS .venv/bin/python -m launcher quickstart $(if $(DATA),--data $(DATA))
 
 # Tests of one group share what they set up; everything else goes one by one to whoever is free, the slow ones first.
-SPREAD := --dist loadgroup --no-loadscope-reorder --maxprocesses 8
+# A forked rank shares the pages of its worker: large ones make each fork cheaper. One worker in three waits for something.
+SPREAD := --dist loadgroup --no-loadscope-reorder --maxprocesses 8 -n $$((3 * $$(env -u OMP_NUM_THREADS nproc) / 2))
+PYTEST := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(PYTHON) -m pytest
 
 test: venv ## the tests
-	@$(PYTHON) -m pytest $(SPREAD) -n $$((2 * $$(env -u OMP_NUM_THREADS nproc)))
+	@$(PYTEST) $(SPREAD)
 
 test-slurm: venv ## all faults of a cluster, on a real Slurm of four nodes (as root; installs Debian's packages)
 	@$(PYTHON) -m pytest -n 3 -m slurm tests/slurm
@@ -27,8 +29,10 @@ test-slurm: venv ## all faults of a cluster, on a real Slurm of four nodes (as r
 docs-test: venv ## run every command of README and docs/ that a CPU can run (a quarter of an hour)
 	@PYTHONPATH=. $(PYTHON) -m tests.accept_docs
 
-soak: venv ## the long proofs: tests that `make test` has no time for, kills and faults by the hundred (an hour)
-	@$(PYTHON) -m pytest $(SPREAD) -n $$((2 * $$(env -u OMP_NUM_THREADS nproc))) -m "long and not slurm"
+soak: venv ## the long proofs: tests without room in `make test`, all layouts, kills and faults by the hundred (hours)
+	@$(PYTEST) $(SPREAD) -m "long and not slurm"
+	@$(PYTHON) -m launcher verify configs/quickstart.yaml --matrix tests/layouts.yaml --strict
+	@$(PYTHON) -m launcher verify --matrix tests/families.yaml --strict
 	@set -e; for proof in "kill_resume.py --rounds 200" "kill_corpus.py --rounds 50" "chaos.py --minutes 30"; do \
 	    echo "== $$proof"; .venv/bin/python benchmarks/$$proof; \
 	done

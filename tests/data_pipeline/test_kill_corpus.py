@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     """`data build` and `data grow`, forked from one process that has imported everything and done nothing yet."""
     command = [sys.executable, "-P", str(ROOT / "benchmarks" / "kill_corpus.py"), "--rounds=5", "--documents=80"]

@@ -21,7 +21,7 @@ def tiny(
     *,
     dtype: torch.dtype = torch.float32,
     tied: bool = False,
-    micro_batch_size: int = 1,
+    micro_batch_size: int = 2,
     zero_stage: int = 1,
     **layout: Any,
 ) -> Case:

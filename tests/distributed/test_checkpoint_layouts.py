@@ -2,10 +2,11 @@
 
 What a checkpoint must keep is compared in the global view, bit for bit: every weight (fp32 masters), both moments, and
 the steps taken. On the same layout the next step's loss and norm after loading are those of the run that went on. Each
-layout saves once, in one world, and loads what all have saved, in another.
+layout saves once, in one world, and loads what all have saved, in another. `make soak` takes every pair of all layouts;
+`make test` every pair of those that differ most.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,12 @@ from parallel.checkpoint.retention import Retention
 from parallel.engine import Engine
 from tests.distributed.layouts import tiny
 
-pytestmark = [pytest.mark.distributed, pytest.mark.truth]
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.truth,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("checkpoint layouts"),
+]
 
 DENSE: dict[str, tuple[int, dict[str, Any]]] = {
     "one-rank-zero0": (1, {"zero_stage": 0}),
@@ -168,20 +174,26 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path,
     return save
 
 
+def _pairs(kind: str, make: Callable[[str], Case], names: Sequence[str], *marks: pytest.MarkDecorator) -> list[Any]:
+    """Every layout as the one that loads, and those that have saved."""
+    return [pytest.param(make, list(names), name, id=f"{kind}-{name}", marks=marks) for name in names]
+
+
 @pytest.mark.parametrize(
     ("make", "names", "name"),
     [
-        pytest.param(make, list(layouts), name, id=f"{kind}-{name}")
-        for kind, make, layouts in (
-            ("fp32", _dense, DENSE),
-            ("bf16", _rounded, ROUNDED),
-            ("moe", _experts, EXPERTS),
-            ("muon", _muon, WHOLE),
-            ("adafactor", _adafactor, WHOLE),
-            ("lora", _adapted, ADAPTED),
-            ("adamw-8bit", _eight_bit, dict(list(WHOLE.items())[-2:])),
-        )
-        for name in layouts
+        *_pairs("fp32", _dense, ("one-rank-zero0", "dp2-zero2-offload", "dp3-zero3", "pp2-vpp2", "tp2-sp-pp2")),
+        *_pairs("bf16", _rounded, ("dp3-zero3", "pp2-vpp2")),
+        *_pairs("moe", _experts, ("one-rank-zero0", "tp2-sp-ep2")),
+        *_pairs("muon", _muon, ("dp2-zero1", "tp2-sp-pp2")),
+        *_pairs("lora", _adapted, ("dp3-zero3", "tp2-sp-pp2")),
+        *_pairs("adamw-8bit", _eight_bit, ("pp2-vpp2", "tp2-sp-pp2")),
+        *_pairs("every-fp32", _dense, tuple(DENSE), pytest.mark.long),
+        *_pairs("every-bf16", _rounded, tuple(ROUNDED), pytest.mark.long),
+        *_pairs("every-moe", _experts, tuple(EXPERTS), pytest.mark.long),
+        *_pairs("every-muon", _muon, tuple(WHOLE), pytest.mark.long),
+        *_pairs("every-adafactor", _adafactor, tuple(WHOLE), pytest.mark.long),
+        *_pairs("every-lora", _adapted, tuple(ADAPTED), pytest.mark.long),
     ],
 )
 def test_a_layout_loads_what_every_layout_saved(
@@ -202,6 +214,6 @@ def test_a_layout_loads_what_every_layout_saved(
 
 def test_the_saved_states_differ(saved: Callable[..., tuple[Path, Global, list[Step]]]) -> None:
     """So that a load that did nothing would be seen: the second layout's state is not left over from the first."""
-    (_, (first, _), _), (_, (second, _), _) = saved(_dense, "one-rank-zero0"), saved(_dense, "tp2-sp")
+    (_, (first, _), _), (_, (second, _), _) = saved(_dense, "one-rank-zero0"), saved(_dense, "tp2-sp-pp2")
     assert any(not np.array_equal(tensor, second[key]) for key, tensor in first.items())
     assert all(np.allclose(tensor, second[key], atol=1e-2) for key, tensor in first.items())

@@ -1,6 +1,7 @@
 """`bloomery verify` catches what it is for: real code is broken in one place, and the proof says what and why.
 
-Each bug trains on without an error. It is planted in this process, whose worlds inherit it by fork.
+Each bug trains on without an error. It is planted in this process, whose worlds inherit it by fork. `make test` plants
+one of each kind (sums, scales, order, masks), `make soak` all of them.
 """
 
 import re
@@ -69,6 +70,7 @@ def test_tied_embedding_not_summed_over_the_pipeline(monkeypatch: pytest.MonkeyP
     )
 
 
+@pytest.mark.long
 def test_tied_embedding_counted_twice_in_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     real = engine.local_parameters
 
@@ -89,6 +91,7 @@ def test_loss_averaged_per_rank_instead_of_per_token(monkeypatch: pytest.MonkeyP
     verify(2).says("the loss is averaged on each data-parallel rank", of=r"\w")
 
 
+@pytest.mark.long
 def test_labels_shifted_after_the_sequence_was_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Prediction.__call__
 
@@ -102,7 +105,7 @@ def test_labels_shifted_after_the_sequence_was_cut(monkeypatch: pytest.MonkeyPat
     verify(2, "parallel.tensor=2").says("labels are shifted after the sequence was cut", of=r"\w")
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_gradients_that_zero_does_not_reduce(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
     interleaved = ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.layers=4") if ranks == 4 else ()
     monkeypatch.setattr(ShardedUpdater, "_send", lambda _updater, everything=False: None)
@@ -126,6 +129,7 @@ def test_context_chunks_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> N
     verify(2, "parallel.context=2").says("chunks of keys and values are gathered in a wrong order", of=r"\w")
 
 
+@pytest.mark.long
 def test_positions_not_offset_under_context_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
     real = ContextParallel.cut
 
@@ -156,6 +160,7 @@ def test_expert_gradients_scaled_by_the_wrong_group(monkeypatch: pytest.MonkeyPa
     )
 
 
+@pytest.mark.long
 def test_router_loss_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     real = moe.Router._losses
     monkeypatch.setattr(moe.Router, "_losses", lambda self, *given: real(self, *given) * self.group.size())
@@ -171,6 +176,7 @@ def test_the_same_dropout_masks_on_every_slice_of_a_sequence(monkeypatch: pytest
     verify(2, "model.dropout=0.1", "parallel.tensor=2").says("the same masks on every slice", of=r"\w")
 
 
+@pytest.mark.long
 def test_dropout_masks_that_differ_where_tensor_ranks_hold_the_same_activations(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

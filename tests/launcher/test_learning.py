@@ -17,7 +17,7 @@ from launcher.evaluation.losses import entropy
 from tests.launcher.test_encoders import BERT, T5
 from tests.launcher.tiny import ROOT, configuration, run, store_of
 
-pytestmark = [pytest.mark.distributed, pytest.mark.truth]
+pytestmark = [pytest.mark.distributed, pytest.mark.truth, pytest.mark.slow]
 
 SHORTEST, LONGEST = 60, 450  # letters; most definitions then fit into a row, so that pairs know where one begins
 MODEL: dict[str, Any] = {"layers": 2, "hidden_size": 64, "heads": 4, "ffn_hidden_size": 128, "initial_std": 0.1}
@@ -25,7 +25,7 @@ OBJECTIVES: dict[str, tuple[int, dict[str, Any]]] = {
     "causal_lm": (60, {}),
     "fill_in_the_middle": (60, {"data": {"fill_in_the_middle": {"rate": 0.9}}}),
     "prefix_lm": (60, {"train": {"objective": "prefix_lm"}}),
-    "masked_lm": (240, {"model": {**BERT, "next_sentence": False}, "data": {"mask_documents": False}}),
+    "masked_lm_alone": (240, {"model": {**BERT, "next_sentence": False}, "data": {"mask_documents": False}}),
     "masked_lm_next_sentence": (320, {"model": BERT, "train": {"sequence_length": 96}}),
     "span_corruption": (60, {"model": T5, "data": {"mask_documents": False}}),
 }
@@ -62,7 +62,10 @@ def learnt(found: dict[str, Any]) -> bool:
     return all(below) and losses.get("next_sentence_accuracy", 1) > 0.58
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "objective",
+    [pytest.param(name, marks=pytest.mark.long) if name == "masked_lm_alone" else name for name in OBJECTIVES],
+)
 def test_it_learns_what_needs_looking(objective: str, definitions: Path, tmp_path: Path) -> None:
     steps, sections = OBJECTIVES[objective]
     train = {"steps": steps, "global_batch_size": 16, "micro_batch_size": 16, "sequence_length": 64}

@@ -76,6 +76,7 @@ def test_a_signal_to_the_starter_saves_and_says_requeue(tmp_path: Path, store: P
     assert not any(os.path.exists(f"/proc/{pid}") for pid in below)
 
 
+@pytest.mark.long
 def test_ranks_die_with_their_starter(tmp_path: Path, store: Path) -> None:
     process, below = begun(tmp_path, store)
     process.kill()

@@ -243,6 +243,7 @@ HARNESS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.truth
 def test_the_harness_gives_the_numbers_of_its_own_model(

@@ -3,6 +3,7 @@
 import os
 import pickle
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -130,13 +131,21 @@ def _link_elsewhere(path: Path) -> None:
     back_after="refused, until the file is mended",
 )
 def test_damage_in_any_file_is_refused_by_its_name(tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    for number, name in enumerate(FILES):
-        root = tmp_path / str(number)
-        path = saved(root, 2)
-        damage(path / name)
-        with pytest.raises(UserError) as caught:
-            run_world(lambda root=root, path=path: load(root, path=path), 2)
-        assert Path(name).name in str(caught.value)
+    whole = saved(tmp_path / "whole", 2)
+    damaged = {name: tmp_path / str(number) / whole.name for number, name in enumerate(FILES)}
+    for name, path in damaged.items():
+        damage(shutil.copytree(whole, path) / name)
+
+    def refused() -> list[str]:
+        said = []
+        for path in damaged.values():
+            with pytest.raises(UserError) as caught:
+                load(path.parent, path=path)
+            said.append(str(caught.value))
+        return said
+
+    for said in run_world(refused, 2):
+        assert all(Path(name).name in each for name, each in zip(damaged, said, strict=True)), said
 
 
 def test_a_file_too_many_is_refused_by_its_name(tmp_path: Path) -> None:

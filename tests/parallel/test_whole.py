@@ -95,8 +95,14 @@ PROOFS: dict[str, tuple[int, torch.dtype, dict[str, Any]]] = {
 @pytest.mark.parametrize(
     ("name", "proof"),
     [
-        *((name, proof) for name in ("muon", "adafactor") for proof in PROOFS),
-        *(("adamw_8bit", proof) for proof in ("tp2-dp2-fp64", "tp2-bf16")),
+        *(("muon", proof) for proof in PROOFS),
+        *(("adafactor", proof) for proof in ("dp3-fp32", "pp2-vpp2-tied-fp64")),
+        *(
+            pytest.param("adafactor", proof, marks=pytest.mark.long)
+            for proof in ("dp2-stage0-fp64", "tp2-bf16", "tp2-dp2-fp64")
+        ),
+        ("adamw_8bit", "tp2-bf16"),
+        pytest.param("adamw_8bit", "tp2-dp2-fp64", marks=pytest.mark.long),
     ],
 )
 def test_a_layout_equals_one_rank(proof: str, name: str) -> None:

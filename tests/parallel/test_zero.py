@@ -130,7 +130,7 @@ def test_fp16_gradients_are_those_of_fp32_but_for_roundings() -> None:
 @pytest.mark.parametrize(("dtype", "stage"), [(torch.float16, 2), (torch.bfloat16, 3)])
 def test_three_ranks_round_as_one_does(dtype: torch.dtype, stage: int) -> None:
     """Three is no power of two: a gradient averaged and scaled back in bf16 would be another one."""
-    case = tiny(3, dtype=dtype, zero_stage=stage)
+    case = tiny(3, dtype=dtype, zero_stage=stage, micro_batch_size=1)
     equals_one_rank(
         replace(case, config=replace(case.config, train=replace(case.config.train, global_batch_size=9))), 1e-6
     )
