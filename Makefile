@@ -20,11 +20,11 @@ quickstart: venv ## from raw text to a trained model; DATA=path takes your own j
 SPREAD := --dist loadgroup --no-loadscope-reorder --maxprocesses 8 -n $$((3 * $$(env -u OMP_NUM_THREADS nproc) / 2))
 PYTEST := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(PYTHON) -m pytest
 
-test: venv ## the tests
-	@$(PYTEST) $(SPREAD)
+test: venv ## the tests, but those that need a Slurm
+	@$(PYTEST) $(SPREAD) -m "not long and not slurm"
 
-test-slurm: venv ## all faults of a cluster, on a real Slurm of four nodes (as root; installs Debian's packages)
-	@$(PYTHON) -m pytest -n 3 -m slurm tests/slurm
+test-slurm: venv ## all faults of a cluster, on a real Slurm of four nodes (as root; installs Debian's packages); SHORT=1: two
+	@$(PYTHON) -m pytest -n 3 -m "slurm$(if $(SHORT), and not long)" tests/slurm
 
 docs-test: venv ## run every command of README and docs/ that a CPU can run (a quarter of an hour)
 	@PYTHONPATH=. $(PYTHON) -m tests.accept_docs

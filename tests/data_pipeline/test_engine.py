@@ -1,4 +1,4 @@
-"""The engines give the same bytes: threads, two Ray nodes, and (`make soak`) one."""
+"""The engines give the same bytes: threads, two Ray nodes, and (`make soak`) one, and stores that grow."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,8 +47,13 @@ def fail(number: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nodes", [2, pytest.param(1, marks=pytest.mark.long)])
-def test_a_ray_cluster_gives_the_bytes_of_native(nodes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("nodes", "grows"),
+    [(2, False), pytest.param(2, True, marks=pytest.mark.long), pytest.param(1, True, marks=pytest.mark.long)],
+)
+def test_a_ray_cluster_gives_the_bytes_of_native(
+    nodes: int, grows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     corpus = write_corpus(tmp_path / "corpus", documents=40)
     (tmp_path / "bench.txt").write_text(
         "iron1 ore2 furnace3 slag4 coal5 air6 bloom7 hammer8 anvil9 iron1 ore2 slag3 coal4\n"
@@ -67,7 +72,8 @@ def test_a_ray_cluster_gives_the_bytes_of_native(nodes: int, tmp_path: Path, mon
             config, store=str(tmp_path / f"{name}-grown"), grow=replace(config.grow, portion_bytes=30_000)
         )
         build(config)
-        grow(growing)
+        if grows:
+            grow(growing)
         return content_of(tmp_path / name), grown_content_of(tmp_path / f"{name}-grown")
 
     with cluster(nodes, monkeypatch):

@@ -56,6 +56,7 @@ def examined(tmp_path: Path, *, missing: Sequence[str] = (), broken: Sequence[st
     return done.returncode, done.stdout, json.loads(report.read_text())
 
 
+@pytest.mark.long
 def test_with_everything_there_nothing_has_to_be_mended(tmp_path: Path) -> None:
     code, said, found = examined(tmp_path)
     assert code == 0, said

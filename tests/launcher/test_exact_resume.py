@@ -1,7 +1,7 @@
 """Stop anywhere, go on: every later loss, gradient norm and batch is that of the run that was not stopped, to the bit.
 
 The run goes over its data twice, adds up four micro-batches a step, packs whole documents, mixes two sources and drops
-activations. It saves every step; then it is resumed from each of them.
+activations. It saves every step; then it is resumed from every third (`make soak`: from each).
 """
 
 import json
@@ -58,14 +58,15 @@ def stopped(directory: Path, config: Path, step: int) -> Path:
     holds="every later loss, gradient norm and batch has the same bits",
     back_after=3.2,
 )
-def test_a_run_resumed_at_each_step_is_the_same_run(tmp_path: Path, store: Path) -> None:
+@pytest.mark.parametrize("steps", [range(1, STEPS, 3), pytest.param(range(1, STEPS), marks=pytest.mark.long)], ids=repr)
+def test_a_run_resumed_at_each_step_is_the_same_run(tmp_path: Path, store: Path, steps: range) -> None:
     config = whole_run(tmp_path, store, 1)
     wanted = records(tmp_path)
     assert [record["step"] for record in wanted] == list(range(1, STEPS + 1))
     state = json.loads((tmp_path / "run/checkpoints/step-00000012/state.json").read_text())
     tokens = sum(shard.tokens for shard in Store.open(store).shards(split="training", source="code"))
     assert state["loader"]["ledger"]["code"] > 2 * tokens, "two epochs"
-    copies = {step: stopped(tmp_path, config, step) for step in range(1, STEPS)}
+    copies = {step: stopped(tmp_path, config, step) for step in steps}
     attempts = {step: start("train", config, f"run.dir={copy}") for step, copy in copies.items()}
     codes = {step: attempt.wait() for step, attempt in attempts.items()}
     for step, copy in copies.items():
@@ -78,7 +79,7 @@ def test_a_run_resumed_at_each_step_is_the_same_run(tmp_path: Path, store: Path)
 @pytest.mark.parametrize(
     ("layout", "model"),
     [
-        ({"zero_stage": 2}, {"moe": {"experts": 4, "ffn_hidden_size": 24}}),
+        pytest.param({"zero_stage": 2}, {"moe": {"experts": 4, "ffn_hidden_size": 24}}, marks=pytest.mark.long),
         ({"pipeline": 2, "zero_stage": 1}, {}),
         ({"tensor": 2}, {"moe": {"experts": 4, "ffn_hidden_size": 24}}),
         ({"zero_stage": 3}, {}),

@@ -35,7 +35,7 @@ def explained(config: Path, *arguments: str) -> tuple[int, str, dict[str, Any]]:
     return codes[0], said, json.loads(file.read_text()) if file.exists() else {}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.truth
 def test_every_row_holds_what_was_computed(config: Path) -> None:
     code, said, found = explained(config, "parallel.zero_stage=2", "train.global_batch_size=8", "--ranks", "4")

@@ -94,6 +94,7 @@ def test_a_rank_that_dies_ends_the_call_with_1(tmp_path: Path, store: Path) -> N
     until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in below), seconds=40)
 
 
+@pytest.mark.long
 def test_a_mistake_that_only_the_ranks_see_is_one_sentence(tmp_path: Path, store: Path) -> None:
     config = configuration(tmp_path, store)
     assert forked("train", config, "train.steps=3")[0] == [0]

@@ -53,12 +53,12 @@ def gone_on_with(job: Job, undisturbed: list[Step]) -> None:
 def test_a_job_is_requeued_and_a_cancelled_one_stays_cancelled(
     cluster: Cluster, tmp_path: Path, store: Path, undisturbed: Undisturbed
 ) -> None:
-    job = submit(cluster, tiny_run(tmp_path, store, "cancelled"), pace_seconds=0.1)
-    waiting = submit(cluster, tiny_run(tmp_path, store, "waiting"), nodes=4, cpus_per_node=16)
+    job = submit(cluster, tiny_run(tmp_path, store, "cancelled"), pace_seconds=0.4)
     job.reached(12)
-    assert waiting.state == "PENDING"
     cluster.run("scontrol", "requeue", job.identity)
     job.reached(15, attempts=2)
+    waiting = submit(cluster, tiny_run(tmp_path, store, "waiting"), nodes=4, cpus_per_node=16)
+    assert waiting.state == "PENDING"
     assert [attempt["steps_lost"] for attempt in job.attempts()] == [0, 0]
     cluster.run("scancel", job.identity, waiting.identity)
     for each in (job, waiting):
