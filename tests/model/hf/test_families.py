@@ -148,7 +148,7 @@ def ours(found: Mapping[str, Any]) -> ModelConfig:
 
 def logits(model: ModelConfig, weights: Mapping[str, Tensor], ranks: int, layout: Mapping[str, Any]) -> Tensor | None:
     """[batch, sequence, vocabulary] on the ranks of the last stage; each rank takes its shards of `weights`."""
-    case = tiny(ranks, zero_stage=0, **layout)
+    case = tiny(ranks, zero_stage=0, micro_batch_size=1, **layout)
     train = replace(case.config.train, sequence_length=SEQUENCE)
     engine = engine_of(replace(case, config=replace(case.config, model=model, train=train)))
     for local in engine.parameters:
