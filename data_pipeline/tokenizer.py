@@ -146,9 +146,11 @@ class Tokenizer:
         write_text(path, _content(changed))
 
     @property
-    def surrounds(self) -> bool:
-        """Whether its file puts tokens around each text, for programs that leave that to the tokenizer."""
-        return self._backend.num_special_tokens_to_add(is_pair=False) > 0
+    def around(self) -> tuple[list[int], list[int]]:
+        """What its file puts before and behind each text, for programs that leave that to the tokenizer."""
+        whole, plain = (self._backend.encode("a", add_special_tokens=add).ids for add in (True, False))
+        first = next(place for place in range(len(whole) + 1) if whole[place : place + len(plain)] == plain)
+        return whole[:first], whole[first + len(plain) :]
 
     @property
     def fingerprint(self) -> str:

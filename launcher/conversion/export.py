@@ -214,9 +214,9 @@ def _write_descriptions(directory: Path, job: ExportJob, config: RunConfig, mode
         }
         if families.family(model).architecture is families.Architecture.encoder_decoder:
             ids["decoder_start_token_id"] = tokenizer.padding
-        before, behind = around(tokenizer, config)
-        if (before or behind) and (model.classes.number or not tokenizer.surrounds):
-            tokenizer.save_around(directory / "tokenizer.json", before, behind)
+        wanted, own = around(tokenizer, config), tokenizer.around
+        if wanted != own and (model.classes.number or own == ([], [])):
+            tokenizer.save_around(directory / "tokenizer.json", *wanted)
         else:
             tokenizer.save(directory / "tokenizer.json")
         write_json(directory / "tokenizer_config.json", _tokenizer_config(tokenizer, config, facts))
@@ -231,6 +231,8 @@ def around(tokenizer: Tokenizer, config: RunConfig) -> tuple[list[int], list[int
     """What a model reads before and behind a text, as in training: an encoder, and one with a head for classes. A model
     that goes on with a text is given its beginning by whoever asks."""
     model, end = config.model, [tokenizer.end_of_document]
+    if model.classes.number and Facts.read(Path(config.data.store)) is None:
+        return tokenizer.around  # it was imported, and has learnt with its tokenizer's own
     architecture = families.family(model).architecture
     if architecture is families.Architecture.causal:
         return (end, []) if model.classes.number else ([], [])

@@ -61,6 +61,20 @@ def test_loading_gives_the_same_tokenizer(tmp_path: Path) -> None:
     assert loaded.fingerprint == trained.fingerprint == hash_file(tmp_path / "tokenizer.json")
 
 
+def test_what_stands_around_a_text_is_kept_in_the_file_and_in_no_ids(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer()
+    assert tokenizer.around == ([], [])
+    tokenizer.save_around(tmp_path / "tokenizer.json", [2, 0], [3])
+    found = Tokenizer.load(tmp_path)
+    assert found.around == ([2, 0], [3])
+    assert found.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+    theirs = HuggingFaceTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    one, other = tokenizer.encode_batch(["iron", "ore"])
+    pair = theirs.encode("iron", "ore")
+    assert pair.ids == [2, 0, *one, 3, *other, 3]
+    assert pair.type_ids == [0] * (len(one) + 3) + [1] * (len(other) + 1)
+
+
 def test_training_is_deterministic(tmp_path: Path) -> None:
     files = []
     for threads in ("1", "2"):

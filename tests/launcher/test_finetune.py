@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,16 @@ def they_go_to_transformers_and_back(classifier: Path, directory: Path) -> None:
     assert in_process(export_main, directory / "imported", "--output", again, "--no-check") == 0
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (again / name).read_bytes() == (directory / "hf" / name).read_bytes()
+    other = shutil.copytree(directory / "hf", directory / "other-hf")  # as if it had learnt without a beginning
+    content = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
+    assert in_process(import_main, other, "--output", directory / "other") == 0
+    pipeline = transformers.pipeline("text-classification", model=str(other))
+    found = [each["label"] for each in pipeline([record["text"] for record in records], batch_size=8)]
+    assert (
+        figures_of("sort", directory / "other", directory / "sort.yaml").items()
+        >= classified([record["label"] for record in records], found).items()
+    )
     (directory / "other.yaml").write_text(yaml.safe_dump({**task, "kind": "generation"}))
     for arguments, told in (
         (("evaluate", classifier, "--task", directory / "other.yaml"), "expected a task of classification or token_cl"),
