@@ -6,15 +6,22 @@ and numerics, in one process; then two data-parallel ranks over twice one.
 All take turns, a few steps each, so that whatever else the machine does meets each; the ratio of each turn is kept and
 the median printed, beside the ratio of processor seconds, which a busy machine disturbs less. One rank over gloo, two
 micro-batches a step, random tokens; the ranks have one thread each.
+
+Of the engine are printed besides: where a step's time goes; its model FLOPs in both counts, of a causal model's half of
+the attention matrix and of all of it, each over what one thread makes of a large product in fp32 just before; and the
+highest memory of a rank's process, of which the imports are the larger part here.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,10 +34,10 @@ from launcher.verify.world import run_world
 from model.build import build
 from model.config import ModelConfig
 from model.objectives import Prediction
-from model.size import parameter_count
-from parallel.common.units import format_count
+from model.size import flops_per_token, parameter_count
+from parallel.common.units import format_bytes, format_count
 from parallel.config import OptimizerConfig, ParallelConfig, ScheduleConfig, ScheduleName
-from parallel.engine import Engine
+from parallel.engine import Engine, StepResult
 from parallel.schedules import Schedule
 from parallel.topology import Topology
 
@@ -38,7 +45,8 @@ QUICKSTART = ModelConfig(layers=6, hidden_size=256, heads=8, kv_heads=4, ffn_hid
 SMALL = ModelConfig(layers=2, hidden_size=64, heads=4, kv_heads=2, ffn_hidden_size=176, tie_embeddings=True)
 SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 256, 4, 2
 STEPS_A_TURN = 2
-WIDTH = 16
+WIDTH = 64
+PHASES = ("forward_backward", "communication", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +79,8 @@ def random_batch(step: int, vocabulary_size: int) -> dict[str, torch.Tensor]:
     }
 
 
-def our_step(case: Case) -> Callable[[int], float]:
-    """A function that takes the engine's step-th step and returns its loss."""
+def our_step(case: Case) -> Callable[[int], StepResult]:
+    """A function that takes the engine's step-th step."""
     topology = Topology.create(ParallelConfig(zero_stage=1))
     optimizer = OptimizerConfig(learning_rate=1e-3, schedule=ScheduleConfig(name=ScheduleName.constant))
     chunks = build(
@@ -92,7 +100,7 @@ def our_step(case: Case) -> Callable[[int], float]:
         micro_batch_size=MICRO_BATCH,
         sequence_length=SEQUENCE,
     )
-    return lambda step: float(engine.step(random_batch(step, case.vocabulary_size)).loss)
+    return lambda step: engine.step(random_batch(step, case.vocabulary_size))
 
 
 def plain_step(case: Case) -> Callable[[int], float]:
@@ -108,7 +116,7 @@ def plain_step(case: Case) -> Callable[[int], float]:
     return step
 
 
-def turn(step: Callable[[int], float], first: int) -> tuple[float, float]:
+def turn(step: Callable[[int], object], first: int) -> tuple[float, float]:
     """Seconds for a turn of steps, of the clock and of the processor."""
     started, used = time.perf_counter(), time.process_time()
     for number in range(first, first + STEPS_A_TURN):
@@ -119,24 +127,46 @@ def turn(step: Callable[[int], float], first: int) -> tuple[float, float]:
 def measure(case: Case, rounds: int) -> dict[str, float]:
     """Medians of tokens a second and of the ratio."""
     ours, plain, trainer = our_step(case), plain_step(case), trainer_loop(case)
-    losses = [(ours(step), plain(step)) for step in range(2)]
+    losses = [(float(ours(step).loss), plain(step)) for step in range(2)]
     assert all(abs(a - b) < 0.2 for a, b in losses), f"the two do not compute the same thing: {losses}"
-    pairs, processor = [], []
+    pairs, processor, split = [], [], []
     for number in range(rounds):
         first = 10 + number * STEPS_A_TURN
         order = (ours, plain) if number % 2 else (plain, ours)
         seconds = {step: turn(step, first) for step in order}
         pairs.append((seconds[ours][0], seconds[plain][0], STEPS_A_TURN * trainer.turn(STEPS_A_TURN)))
         processor.append(seconds[plain][1] / seconds[ours][1])
+        split.append(ours(first).seconds)
     tokens = STEPS_A_TURN * MICRO_BATCH * MICRO_BATCHES * SEQUENCE
+    rate = tokens / statistics.median(pair[0] for pair in pairs)
+    flops = {
+        name: rate * flops_per_token(case.model, case.vocabulary_size, SEQUENCE, causal=causal)
+        for name, causal in (("causal", True), ("full", False))
+    }
+    peak = product_flops()
     return {
-        "tokens_per_second": tokens / statistics.median(pair[0] for pair in pairs),
+        **{f"flops_{name}": found for name, found in flops.items()},
+        **{f"mfu_{name}": found / peak for name, found in flops.items()},
+        "product_flops": peak,
+        **{f"{phase}_seconds": statistics.median(each[phase] for each in split) for phase in PHASES},
+        "tokens_per_second": rate,
         "plain_tokens_per_second": tokens / statistics.median(pair[1] for pair in pairs),
         "ratio": statistics.median(pair[1] / pair[0] for pair in pairs),
         "processor_ratio": statistics.median(processor),
         "trainer_tokens_per_second": tokens / statistics.median(pair[2] for pair in pairs),
         "trainer_ratio": statistics.median(pair[2] / pair[0] for pair in pairs),
     }
+
+
+def product_flops(side: int = 1024) -> float:
+    """FLOP/s of a product of two fp32 matrices, the best of a few."""
+    left, right = torch.randn(side, side), torch.randn(side, side)
+    seconds = []
+    for _ in range(8):
+        started = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - started)
+    return 2 * side**3 / min(seconds)
 
 
 def trainer_loop(case: Case) -> TrainerLoop:
@@ -151,19 +181,65 @@ def trainer_loop(case: Case) -> TrainerLoop:
     )
 
 
-def rank_seconds(case: Case) -> float:
-    """A rank's work: the median seconds of a step on its own micro-batches, after two that do not count."""
+def rank_work(case: Case) -> tuple[float, float, int]:
+    """A rank's: the median seconds of a step on its own micro-batches, of the clock and of the processor, after two
+    steps that do not count; and the highest memory of its process, in bytes."""
     step = our_step(case)
-    return statistics.median([turn(step, 10 * number)[0] for number in range(6)][1:]) / STEPS_A_TURN
+    turns = [turn(step, 10 * number) for number in range(6)][1:]
+    clock, processor = (statistics.median(each) / STEPS_A_TURN for each in zip(*turns, strict=True))
+    return clock, processor, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def scaling(case: Case, rounds: int) -> float:
-    """Tokens a second of two data-parallel ranks over twice those of one."""
-    ratios = []
+def among_strangers(case: Case) -> tuple[float, float, int]:
+    """The same of a rank that knows nothing of the others, which work at the same time."""
+    dist.barrier()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return rank_work(case)
+
+
+def scaling(case: Case, rounds: int) -> dict[str, float]:
+    """Tokens a second of two data-parallel ranks over twice those of one, and what bounds it."""
+    found: dict[str, list[float]] = defaultdict(list)
     for _ in range(rounds):
-        alone, together = (max(run_world(rank_seconds, ranks, case, seconds=600)) for ranks in (1, 2))
-        ratios.append(alone / together)
-    return statistics.median(ratios)
+        one = run_world(rank_work, 1, case, seconds=600)[0]
+        two = run_world(rank_work, 2, case, seconds=600)
+        found["scaling"].append(one[0] / max(rank[0] for rank in two))
+        found["scaling_processor"].append(one[1] / max(rank[1] for rank in two))
+        strangers = run_world(among_strangers, 2, case, seconds=600)
+        found["scaling_machine"].append(one[0] / max(rank[0] for rank in strangers))
+        found["memory_bytes"].append(one[2])
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def cells(row: Mapping[str, float]) -> dict[str, str]:
+    """What is printed of a case."""
+    speed = partial(_rate, row)
+    split = [f"{phase.replace('_', ' ')} {row[f'{phase}_seconds'] * 1000:.1f} ms" for phase in PHASES]
+    return {
+        "engine": speed("tokens_per_second"),
+        "plain loop": speed("plain_tokens_per_second"),
+        "engine / plain loop": f"{row['ratio']:.3f} by the clock, {row['processor_ratio']:.3f} by the processor",
+        "Hugging Face Trainer": speed("trainer_tokens_per_second"),
+        "engine / Trainer": f"{row['trainer_ratio']:.3f}",
+        "two ranks / twice one": f"{row['scaling']:.3f} by the clock, {row['scaling_processor']:.3f} by the processor",
+        "two strangers / twice one": f"{row['scaling_machine']:.3f}",
+        "a step": ", ".join(split),
+        "model FLOPs, causal": f"{row['flops_causal'] / 1e9:.1f} GFLOP/s, {row['mfu_causal']:.1%} of a product's",
+        "model FLOPs, full": f"{row['flops_full'] / 1e9:.1f} GFLOP/s, {row['mfu_full']:.1%} of a product's",
+        "a rank's process": format_bytes(int(row["memory_bytes"])),
+    }
+
+
+def _rate(row: Mapping[str, float], name: str) -> str:
+    return f"{format_count(row[name])} tok/s"
+
+
+def print_rows(table: Mapping[str, Mapping[str, str]]) -> None:
+    """One column a case."""
+    print(f"{'':<28}" + "".join(f"{name:<{WIDTH}}" for name in table))
+    for head in next(iter(table.values())):
+        print(f"{head:<28}" + "".join(f"{row[head]:<{WIDTH}}" for row in table.values()))
 
 
 def main() -> int:
@@ -175,23 +251,9 @@ def main() -> int:
     scaled = {case.name: scaling(case, max(1, arguments.rounds // 5)) for case in CASES}  # forks: before any group
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     print(f"sequence {SEQUENCE}, {torch.get_num_threads()} threads, torch {torch.__version__}, medians")
-    heads = ("parameters", "engine", "plain loop", "ratio", "processor", "Trainer", "ratio", "2 ranks / 2x1")
-    print(f"{'precision':<10}" + "".join(f"{head:>{WIDTH}}" for head in heads))
-    table = {}
-    for case in CASES:
-        table[case.name] = row = {**measure(case, arguments.rounds), "scaling": scaled[case.name]}
-        speed = {key: f"{format_count(row[key])} tok/s" for key in row if key.endswith("tokens_per_second")}
-        cells = (
-            format_count(parameter_count(case.model, case.vocabulary_size)),
-            speed["tokens_per_second"],
-            speed["plain_tokens_per_second"],
-            f"{row['ratio']:.3f}",
-            f"{row['processor_ratio']:.3f}",
-            speed["trainer_tokens_per_second"],
-            f"{row['trainer_ratio']:.3f}",
-            f"{row['scaling']:.3f}",
-        )
-        print(f"{case.name:<10}" + "".join(f"{cell:>{WIDTH}}" for cell in cells))
+    table = {case.name: {**measure(case, arguments.rounds), **scaled[case.name]} for case in CASES}
+    parameters = {case.name: format_count(parameter_count(case.model, case.vocabulary_size)) for case in CASES}
+    print_rows({name: {"parameters": parameters[name], **cells(row)} for name, row in table.items()})
     if arguments.json:
         arguments.json.write_text(json.dumps(table, indent=2) + "\n")
     dist.destroy_process_group()

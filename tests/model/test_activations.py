@@ -107,7 +107,9 @@ def computed(case: Case, stage: int) -> int:
 def test_computed_is_kept(model: dict[str, Any], layout: dict[str, Any], dtype: torch.dtype, packed: bool) -> None:
     ranks = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1)
     case = tiny(ranks, zero_stage=0, micro_batch_size=SAMPLES, **layout)
-    shape = replace(case.config.model, hidden_size=64, head_size=16, ffn_hidden_size=96, **model)
+    # Narrow heads in two bytes are attended to in fp32 on a CPU alone, and what is kept of that is not at issue.
+    head_size = 16 if dtype is torch.float32 or layout.get("recompute") is FULL else 40
+    shape = replace(case.config.model, hidden_size=64, head_size=head_size, ffn_hidden_size=96, **model)
     train = replace(case.config.train, sequence_length=32)
     config = replace(case.config, model=shape, train=train)
     case = replace(case, config=config, dtype=dtype, traits=Traits(packed=packed))

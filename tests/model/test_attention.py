@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from launcher.verify.measure import batch_of, engine_of
 from launcher.verify.world import run_world
-from model.attention import find_pieces
+from model.attention import find_pieces, in_fp32
 from model.config import ModelConfig
 from model.layer_context import Pieces
 from model.rope import rotate
@@ -150,3 +151,23 @@ def test_documents_attend_within_themselves_and_leak_nothing(values: dict[str, A
     assert len(differences) == 4
     assert max(differences) < 1e-14
     assert untouched
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_narrow_heads_are_nearer_to_float64_than_by_the_kernel_of_two_bytes(dtype: torch.dtype, masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, heads, 48, 16, generator=generator).to(dtype) for heads in (4, 2, 2)]
+    mask = torch.randn(1, 4, 48, 48, generator=generator).to(dtype) if masked else None
+    options: dict[str, Any] = {"enable_gqa": True, "is_causal": not masked}
+
+    def found(attend: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+        own = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+        result = attend(*own, attn_mask=None if mask is None else mask.to(dtype), **options)
+        return [result, *torch.autograd.grad(result.square().sum(), own)]
+
+    truth = found(scaled_dot_product_attention, torch.float64)
+    ours, kernel = (found(attend, dtype) for attend in (in_fp32, scaled_dot_product_attention))
+    for mine, its, true in zip(ours, kernel, truth, strict=True):
+        assert mine.dtype == dtype
+        assert (mine.double() - true).norm() <= 1.001 * (its.double() - true).norm()
