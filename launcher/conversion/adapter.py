@@ -3,11 +3,11 @@
 `peft.PeftModel.from_pretrained(base, DIR)` puts them on the base model, wherever that is kept. An adapter of ours is
 one of a projection, and so is one of `peft` where the family keeps projections apart. Where it has queries, keys and
 values in one matrix (GPT-2, GPT-NeoX), theirs is one adapter of all ranks together: the A stand below each other, and
-each B in columns of its own.
+each B in columns of its own. A head for classes, which is trained besides, goes with them (`modules_to_save`).
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,25 @@ from torch import Tensor
 
 from launcher.config import RunConfig
 from launcher.conversion.check import compare_logits, missing_transformers
-from launcher.conversion.export import Weights, check_names, described_model
+from launcher.conversion.export import Weights, check_names, described_model, theirs
 from launcher.conversion.in_memory import in_transformers
 from launcher.outcome import Outcome
 from launcher.runtime import in_ranks
 from launcher.verbs.conversion import ExportJob
 from launcher.work import Ranks
-from model.config import ModelConfig
-from model.families import Architecture, family
+from model.config import Classified, ModelConfig
+from model.families import Architecture, begins_anew, family
 from model.hf.families import pairs_of
 from model.hf.pairs import Pair
 from model.lora import in_turns, without
-from model.projections import A, B, adapted, is_adapter, projections, scale
+from model.projections import A, B, adapted, projections, scale
 from parallel.common.errors import UserError
 from parallel.common.files import write_json
 from parallel.common.lazy import Lazy
 
 PEFT = Lazy("peft")
 _TASKS = {Architecture.causal: "CAUSAL_LM", Architecture.encoder_decoder: "SEQ_2_SEQ_LM"}
+_CLASSES = {Classified.texts: "SEQ_CLS", Classified.tokens: "TOKEN_CLS"}
 _PREFIX = "base_model.model."
 
 
@@ -68,8 +69,6 @@ def _exported(job: ExportJob, ranks: Ranks) -> Outcome:
     whole, tensors.merged = tensors.merged, None
     if whole is None:
         raise UserError(f"{job.checkpoint.path} has no adapters: its run was without model.lora.rank.")
-    if model.classes.number:
-        raise UserError("--adapter: a head for classes was trained too and is no adapter: export without --adapter.")
     pairs = pairs_of(model)
     check_names(job.checkpoint.path, tensors, pairs)
     dtype: torch.dtype = getattr(torch, job.dtype)
@@ -78,7 +77,7 @@ def _exported(job: ExportJob, ranks: Ranks) -> Outcome:
     beside.mkdir(parents=True)
     try:
         found = list(adapters(whole, pairs, tensors))
-        write_adapters(beside, whole, pairs, found, dtype)
+        write_adapters(beside, whole, pairs, found, heads(whole, pairs, tensors), dtype)
         if job.check:
             _compare(beside, config, whole, tensors, dtype)
         beside.rename(job.output)
@@ -118,8 +117,19 @@ def adapters(model: ModelConfig, pairs: list[Pair], tensors: Weights) -> Iterato
         yield Theirs(module=module, a=a, b=b.T if turned else b, turned=turned)
 
 
+def heads(model: ModelConfig, pairs: list[Pair], tensors: Weights) -> dict[str, Tensor]:
+    """What was trained besides, under their names: a head for classes."""
+    anew = [pair for pair in pairs if begins_anew(model, pair.ours)]
+    return dict(theirs(anew, tensors, torch.float32))
+
+
 def write_adapters(
-    directory: Path, model: ModelConfig, pairs: list[Pair], found: list[Theirs], dtype: torch.dtype
+    directory: Path,
+    model: ModelConfig,
+    pairs: list[Pair],
+    found: list[Theirs],
+    besides: Mapping[str, Tensor],
+    dtype: torch.dtype,
 ) -> None:
     """Both files."""
     tensors = {
@@ -127,13 +137,14 @@ def write_adapters(
         for each in found
         for name, tensor in ((A, each.a), (B, each.b))
     }
+    tensors |= {f"{_PREFIX}{name}": tensor.to(dtype).contiguous() for name, tensor in besides.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     rank, factor = model.lora.rank, scale(model)
     assert rank is not None
     ranks = {_end(each.module): len(each.a) for each in found if len(each.a) != rank}
     said: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": _TASKS.get(family(model).architecture),
+        "task_type": _CLASSES[model.classes.of] if besides else _TASKS.get(family(model).architecture),
         "base_model_name_or_path": None,
         "r": rank,
         "lora_alpha": factor * rank,
@@ -142,6 +153,7 @@ def write_adapters(
         "rank_pattern": ranks,
         "alpha_pattern": {name: factor * number for name, number in ranks.items()},
         "fan_in_fan_out": any(each.turned for each in found),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in besides}) or None,
         "bias": "none",
         "inference_mode": True,
     }
@@ -166,5 +178,5 @@ def _compare(directory: Path, config: RunConfig, model: ModelConfig, tensors: We
     reference = PEFT.PeftModel.from_pretrained(base, directory)
     names = tensors.names
     weights = {name: tensors.read(name) for name in names}
-    weights |= {name: weights[name].to(dtype).float() for name in names if is_adapter(name)}
+    weights |= {name: weights[name].to(dtype).float() for name in names if begins_anew(model, name)}
     compare_logits(model, weights, reference, sequence_length=config.train.sequence_length)

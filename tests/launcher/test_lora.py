@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from launcher.conversion import adapter, export
-from launcher.conversion.adapter import Theirs, adapters, write_adapters
+from launcher.conversion.adapter import Theirs, adapters, heads, write_adapters
 from launcher.conversion.check import compare_logits, our_outputs
 from launcher.conversion.export import Weights
 from launcher.conversion.in_memory import in_transformers
@@ -103,7 +103,7 @@ def apart(case: Case, directory: Path) -> dict[str, float]:
     tensors, gradients = Held(gathered(engine, gradients=False)), Held(gathered(engine, gradients=True))
     assert all(map(is_adapter, gradients.names)), "nothing else has a gradient"
     pairs = pairs_of(model)
-    write_adapters(directory, model, pairs, list(adapters(model, pairs, tensors)), torch.float32)
+    write_adapters(directory, model, pairs, list(adapters(model, pairs, tensors)), {}, torch.float32)
     base = in_transformers(config, without(model), tensors)
     reference: Any = peft.PeftModel.from_pretrained(base, directory, is_trainable=True)
     logits = reference.eval()(batch["tokens"]).logits
@@ -128,10 +128,22 @@ def _distance(expected: Tensor, ours: Tensor, own: Theirs) -> float:
 
 
 @pytest.mark.truth
-@pytest.mark.parametrize("named", ["pythia-14m", "gpt2-124m", "bert-base", "t5-small", "gemma3-1b", "qwen3-moe-35m"])
-def test_every_kind_of_family_is_exported_both_ways(named: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("named", "override"),
+    [
+        ("pythia-14m", "precision=fp32"),
+        ("gpt2-124m", "precision=fp32"),
+        ("bert-base", "precision=fp32"),
+        ("bert-base", "model.classes.number=3"),
+        ("llama-10m", "model.classes={number: 3, of: tokens}"),
+        ("t5-small", "precision=fp32"),
+        ("gemma3-1b", "precision=fp32"),
+        ("qwen3-moe-35m", "precision=fp32"),
+    ],
+)
+def test_every_kind_of_family_is_exported_both_ways(named: str, override: str, tmp_path: Path) -> None:
     files = [str(ROOT / "configs" / "model" / f"{named}.yaml")]
-    config = row(named, files, ["model.lora.rank=8", "model.lora.alpha=4"], 1).proofs[0].config
+    config = row(named, files, ["model.lora.rank=8", "model.lora.alpha=4", override], 1).proofs[0].config
     assert run_world(lambda: both_ways(Case(config=config, ranks=1), tmp_path), 1) == [None]
 
 
@@ -141,8 +153,14 @@ def both_ways(case: Case, directory: Path) -> None:
     case = replace(case, config=replace(case.config, parallel=ParallelConfig(zero_stage=0)))
     tensors = Held(gathered(engine_of(case), gradients=False))
     pairs = pairs_of(without(model))
-    write_adapters(directory, model, pairs, list(adapters(model, pairs, tensors)), torch.float32)
-    apart = peft.PeftModel.from_pretrained(in_transformers(case.config, without(model), tensors), directory)
+    besides = heads(model, pairs, tensors)
+    assert bool(besides) == bool(model.classes.number)
+    write_adapters(directory, model, pairs, list(adapters(model, pairs, tensors)), besides, torch.float32)
+    base = in_transformers(case.config, without(model), tensors)
+    for name in besides:
+        parameter = base.get_parameter(name)
+        parameter.data = torch.zeros_like(parameter)  # of another task; the memory is that of `tensors`
+    apart = peft.PeftModel.from_pretrained(base, directory)
     compare_logits(model, tensors.tensors, apart, sequence_length=case.config.train.sequence_length)
     tensors.merged = model
     merged = in_transformers(case.config, without(model), tensors)
