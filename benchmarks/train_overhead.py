@@ -45,7 +45,7 @@ QUICKSTART = ModelConfig(layers=6, hidden_size=256, heads=8, kv_heads=4, ffn_hid
 SMALL = ModelConfig(layers=2, hidden_size=64, heads=4, kv_heads=2, ffn_hidden_size=176, tie_embeddings=True)
 SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 256, 4, 2
 STEPS_A_TURN = 2
-WIDTH = 64
+WIDTH = 70
 PHASES = ("forward_backward", "communication", "optimizer")
 
 
