@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from data_pipeline.examples.kinds import Facts
 from launcher.assemble import Parts
 from launcher.config import RunConfig
 from launcher.places import find_step
@@ -36,6 +37,8 @@ def begin(parts: Parts, config: RunConfig) -> Path | None:
     if config.checkpoint.load is None:
         return None
     origin = _found(config.checkpoint.load)
+    with agreed(f"load the checkpoint {origin}"):
+        _check_classes(origin, config)
     names = _PARTS.get(config.checkpoint.load_parts, tuple(parts.participants))
     if "optimizer" in names:
         with agreed(f"load the checkpoint {origin}"):
@@ -54,6 +57,22 @@ def begin(parts: Parts, config: RunConfig) -> Path | None:
             "(train.steps), or take the weights alone (checkpoint.load_parts=weights)."
         )
     return origin
+
+
+def _check_classes(origin: Path, config: RunConfig) -> None:
+    """A head whose rows stand for the same classes in another order would be taught the wrong ones."""
+    places = (Path(Manifest.read(origin).config["data"]["store"]), origin.parent.parent)
+    found = next(((place, facts) for place in places if (facts := Facts.read(place)) is not None), None)
+    ours = Facts.read(Path(config.data.store))
+    if found is None or ours is None or not config.model.classes.number:
+        return
+    place, theirs = found
+    if theirs.labels != ours.labels and sorted(theirs.labels) == sorted(ours.labels):
+        raise UserError(
+            f"{origin} numbers its classes {', '.join(theirs.labels)}, and {config.data.store} numbers them "
+            f"{', '.join(ours.labels)}: make the store again with `bloomery data examples ... --tokenizer {place}`, "
+            "which keeps their order."
+        )
 
 
 def _check_optimizer(origin: Path, name: str) -> None:

@@ -58,6 +58,7 @@ def build_examples(
     chat_template: str | None,
     validation_share: float,
     held_out: Mapping[str, Path] | None = None,
+    labels: Sequence[str] = (),
 ) -> tuple[Store, Facts, Counter[str]]:
     """Writes a store of examples.
 
@@ -68,6 +69,7 @@ def build_examples(
         chat_template: Of conversations; None: that of `kinds`.
         validation_share: Share of the examples that are held out.
         held_out: Files of examples that are all held out, by the name of their source.
+        labels: Classes that the model tells apart already, by number; they stay so where the examples have no other.
 
     Returns:
         The store, what it holds, and how many records were left out for which reason.
@@ -83,7 +85,7 @@ def build_examples(
     kind = _kind(records, places)
     facts = Facts(
         kind=kind,
-        labels=labels_of(records, kind),
+        labels=labels_of(records, kind, labels),
         chat_template=(chat_template or CHAT_TEMPLATE) if any("messages" in record for record in records) else None,
     )
     encoder, refused = Encoder(tokenizer, facts), Counter[str]()

@@ -134,8 +134,8 @@ def _text(value: Any) -> str:
     return value
 
 
-def labels_of(records: Sequence[Mapping[str, Any]], kind: Kind) -> tuple[str, ...]:
-    """The classes that stand in some records, in the order of their names.
+def labels_of(records: Sequence[Mapping[str, Any]], kind: Kind, known: Sequence[str] = ()) -> tuple[str, ...]:
+    """The classes that stand in some records, in the order of their names; or those known, where they are among them.
 
     Raises:
         UserError: there are fewer than two.
@@ -148,4 +148,4 @@ def labels_of(records: Sequence[Mapping[str, Any]], kind: Kind) -> tuple[str, ..
         found |= {str(each) for each in (value if isinstance(value, list) else [value])}
     if len(found) < 2:
         raise UserError(f"the examples have the one label {next(iter(found), '')!r}: two or more are to be told apart")
-    return tuple(sorted(found))
+    return tuple(known) if found <= set(known) else tuple(sorted(found))

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from data_pipeline.examples.build import build_examples
+from data_pipeline.examples.kinds import Facts
 from data_pipeline.store import TRAINING, VALIDATION
 from data_pipeline.tokenizer import Tokenizer
 from launcher.verbs.data_alone import names_of
@@ -31,6 +32,7 @@ def examples(options: argparse.Namespace) -> int:
     names = names_of([*options.input, *options.validation])
     files = dict(zip(names, map(Path, [*options.input, *options.validation]), strict=True))
     held_out = {name: files.pop(name) for name in names[len(options.input) :]}
+    beside = Facts.read(_directory(options.tokenizer))
     store, facts, refused = build_examples(
         files,
         options.output,
@@ -38,6 +40,7 @@ def examples(options: argparse.Namespace) -> int:
         chat_template=_template_of(options.tokenizer) if template is None else template.read_text(encoding="utf-8"),
         validation_share=options.validation_share,
         held_out=held_out,
+        labels=() if beside is None else beside.labels,
     )
     for reason, count in refused.most_common():
         print(f"left out: {count:,} x {reason}")
@@ -50,9 +53,13 @@ def examples(options: argparse.Namespace) -> int:
     return 0
 
 
+def _directory(tokenizer: Path) -> Path:
+    return tokenizer if tokenizer.is_dir() else tokenizer.parent
+
+
 def _template_of(tokenizer: Path) -> str | None:
     """The chat template that stands beside a model's tokenizer."""
-    directory = tokenizer if tokenizer.is_dir() else tokenizer.parent
+    directory = _directory(tokenizer)
     if (directory / "chat_template.jinja").is_file():
         return (directory / "chat_template.jinja").read_text(encoding="utf-8")
     config = directory / "tokenizer_config.json"

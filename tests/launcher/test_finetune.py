@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,7 @@ def they_go_to_transformers_and_back(classifier: Path, directory: Path) -> None:
         figures_of("sort", directory / "other", directory / "sort.yaml").items()
         >= classified([record["label"] for record in records], found).items()
     )
+    they_keep_their_numbers(directory / "imported", directory)
     (directory / "other.yaml").write_text(yaml.safe_dump({**task, "kind": "generation"}))
     for arguments, told in (
         (("evaluate", classifier, "--task", directory / "other.yaml"), "expected a task of classification or token_cl"),
@@ -233,6 +235,21 @@ def they_go_to_transformers_and_back(classifier: Path, directory: Path) -> None:
     Facts(kind=Kind.text_classes, labels=("early", "late", "never")).write(directory / "s")
     codes, said = run("evaluate", classifier, "--task", directory / "sort.yaml")
     assert (codes, "tells 2 classes apart, and" in said) == ([2], True), said
+
+
+def they_keep_their_numbers(imported: Path, directory: Path) -> None:
+    """An import whose classes are numbered in another order is tuned on by that order, or not at all."""
+    facts = Facts.read(imported)
+    assert facts is not None
+    turned = shutil.copytree(imported, directory / "turned")
+    replace(facts, labels=facts.labels[::-1]).write(turned)
+    command = ("data", "examples", directory / "labels.jsonl", "--tokenizer", turned, "--output", directory / "kept")
+    codes, said = run(*command)
+    assert codes == [0], said
+    assert "2 classes: late, early" in said
+    sections: dict[str, Any] = {"train": {"steps": 9}, "model": {"classes": {"number": 2}}}
+    codes, said = run("train", tuned(directory / "on", directory / "s", turned, **sections))
+    assert (codes, "numbers its classes late, early" in said) == ([2], True), said
 
 
 def figures_of(name: str, checkpoint: Path, task: Path, *, ranks: int = 1) -> dict[str, Any]:
