@@ -15,9 +15,9 @@ venv: ## find Python >= 3.12, make .venv, install
 quickstart: venv ## from raw text to a trained model; DATA=path takes your own jsonl, parquet or txt
 	@env -u OMP_NUM_THREADS .venv/bin/python -m launcher quickstart $(if $(DATA),--data $(DATA))
 
-# Tests of one group share what they set up; everything else goes one by one to whoever is free, the slow ones first.
+# A file's tests share what it sets up, so a file goes to one worker; those with slow tests begin first.
 # A forked rank shares the pages of its worker: large ones make each fork cheaper. One worker in three waits for something.
-SPREAD := --dist loadgroup --no-loadscope-reorder --maxprocesses 8 -n $$((3 * $$(env -u OMP_NUM_THREADS nproc) / 2))
+SPREAD := --dist loadscope --no-loadscope-reorder --maxprocesses 8 -n $$((3 * $$(env -u OMP_NUM_THREADS nproc) / 2))
 PYTEST := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(PYTHON) -m pytest
 
 test: venv ## the tests, but those that need a Slurm

@@ -29,8 +29,6 @@ from data_pipeline.tokenizer import Tokenizer
 from parallel.common.errors import ConfigError, UserError
 from parallel.common.files import hash_file
 
-pytestmark = pytest.mark.xdist_group("a built store")
-
 WORDS = ["iron", "ore", "furnace", "slag", "coal", "air", "bloom", "hammer", "anvil", "wrought", "中文", "größer"]
 
 

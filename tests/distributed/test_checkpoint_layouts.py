@@ -31,7 +31,6 @@ pytestmark = [
     pytest.mark.distributed,
     pytest.mark.truth,
     pytest.mark.slow,
-    pytest.mark.xdist_group("checkpoint layouts"),
 ]
 
 DENSE: dict[str, tuple[int, dict[str, Any]]] = {

@@ -8,7 +8,7 @@ import pytest
 from launcher.verify.matrix import Row, read_rows
 from launcher.verify.proof import proofs
 
-pytestmark = [pytest.mark.distributed, pytest.mark.truth]
+pytestmark = [pytest.mark.distributed, pytest.mark.truth, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = [

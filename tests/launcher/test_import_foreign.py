@@ -47,7 +47,7 @@ from parallel.updater import Kind
 from tests.launcher.tiny import configuration as make_configuration
 from tests.launcher.tiny import run
 
-pytestmark = [pytest.mark.xdist_group("foreign checkpoints"), pytest.mark.distributed, pytest.mark.truth]
+pytestmark = [pytest.mark.distributed, pytest.mark.truth]
 
 Values = dict[str, dict[str, torch.Tensor]]
 """By kind and the other program's name."""

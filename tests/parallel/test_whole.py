@@ -19,7 +19,7 @@ from parallel.muon import Muon
 from parallel.rules import check_patterns
 from tests.distributed.layouts import tiny
 
-pytestmark = [pytest.mark.distributed, pytest.mark.truth]
+pytestmark = [pytest.mark.distributed, pytest.mark.truth, pytest.mark.slow]
 
 MOE = MoeConfig(experts=4, ffn_hidden_size=32, shared_ffn_hidden_size=16, load_balance_loss=0.1)
 
