@@ -166,6 +166,11 @@ def _experts(config: RunConfig, ranks: int) -> Iterator[Problem]:
         yield Problem(key="parallel.expert", got=layout.expert, legal=legal)
     if moe.top_k > moe.experts:
         yield Problem(key="model.moe.top_k", got=moe.top_k, legal=f"at most model.moe.experts = {moe.experts}")
+    if moe.top_k == 1 and moe.normalise_top_k:
+        legal = (
+            "false with model.moe.top_k = 1: the share of one expert would always be 1, and the router learn nothing"
+        )
+        yield Problem(key="model.moe.normalise_top_k", got=True, legal=legal)
     if moe.first_layer >= model.layers:
         legal = f"below model.layers = {model.layers}: else no layer has experts"
         yield Problem(key="model.moe.first_layer", got=moe.first_layer, legal=legal)

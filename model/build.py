@@ -74,6 +74,7 @@ def transformer_config(config: ModelConfig, *, dtype: torch.dtype, topology: Top
         num_moe_experts=moe.experts or None,
         moe_router_topk=moe.top_k,
         moe_router_load_balancing_type="none",
+        moe_router_pre_softmax=moe.top_k == 1,  # of a router that is not ours; a single expert is refused without it
         moe_ffn_hidden_size=(moe.ffn_hidden_size or config.ffn_hidden_size) if moe.experts else None,
         moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size,
         moe_token_dispatcher_type=moe.dispatcher.value,

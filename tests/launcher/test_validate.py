@@ -126,6 +126,12 @@ def test_sound_configurations_pass(overrides: tuple[str, ...], ranks: int) -> No
         (("parallel.expert=2",), 2, "parallel.expert", "1 without model.moe.experts"),
         (("model.moe.experts=6", "parallel.expert=3"), 4, "parallel.expert", "data x context = 4, such as 2"),
         (("model.moe.experts=6", "parallel.expert=4"), 4, "parallel.expert", "model.moe.experts = 6, such as 3"),
+        (
+            ("model.moe.experts=2", "model.moe.top_k=1"),
+            1,
+            "model.moe.normalise_top_k",
+            "false with model.moe.top_k = 1",
+        ),
         (("model.moe.experts=2", "model.moe.top_k=3"), 1, "model.moe.top_k", "at most model.moe.experts = 2"),
         (("model.moe.experts=2", "model.moe.first_layer=8"), 1, "model.moe.first_layer", "below model.layers = 8"),
         (
