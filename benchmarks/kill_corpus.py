@@ -14,6 +14,7 @@ import gzip
 import json
 import os
 import random
+import select
 import signal
 import sys
 import tempfile
@@ -87,7 +88,11 @@ class Job:
 
     def kill(self, seconds: float) -> bool:
         """Lets it work so long; whether it was still at work then."""
-        time.sleep(seconds)
+        watched = os.pidfd_open(self.process)
+        try:
+            select.select([watched], [], [], seconds)
+        finally:
+            os.close(watched)
         os.kill(self.process, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1]) == -signal.SIGKILL
 
@@ -105,7 +110,9 @@ def rounds(word: str, config: Path, directory: Path, wanted: int, chance: random
         store = directory / f"{word}-{stores}"
         # Each store dies some times on its way and is then let through.
         for _ in range(min(wanted - kills, chance.randrange(1, 8))):
-            kills += Job(word, config, store).kill(chance.uniform(0, seconds))
+            if not Job(word, config, store).kill(chance.uniform(0, seconds)):
+                break  # it was done before: nothing is left to be killed
+            kills += 1
         Job(word, config, store).wait()
         stores += 1
         found = content_of(store)
