@@ -1,11 +1,13 @@
 """A rank that hangs is named, whatever it hangs in, and the job ends to be requeued."""
 
+import itertools
 import json
 import os
 import random
 import re
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import launcher.batches
 from launcher.outcome import Outcome
 from launcher.run_directory import RunDirectory
+from launcher.watchdog.beats import Beats
 from launcher.watchdog.collectives import waited_for
 from launcher.watchdog.config import WatchdogConfig
 from launcher.watchdog.stragglers import Suspicion
@@ -24,6 +27,31 @@ from tests.launcher.tiny import configuration, run, start
 
 HOST = socket.gethostname()
 LIMITS = {"limit_seconds": 2.0, "long_limit_seconds": 60.0}
+
+
+def test_a_beat_that_is_half_written_is_not_read() -> None:
+    with tempfile.TemporaryFile() as file:
+        file.truncate(Beats.size_bytes())
+        beats = Beats(file.fileno())
+
+        def beat(number: int) -> None:
+            beats.write(number=number, step=number, phase=f"p{number}", limit_seconds=number, attempt=f"a{number}")
+
+        beat(1)
+        writer = os.fork()
+        if writer == 0:
+            for number in itertools.count(2):
+                beat(number)
+        try:
+            found = [beats.read() for _ in range(20_000)]
+        finally:
+            os.kill(writer, signal.SIGKILL)
+            os.waitpid(writer, 0)
+    assert found[-1].number > found[0].number
+    for each in found:
+        n = each.number
+        assert (each.step, each.phase, each.limit_seconds, each.attempt) == (n, f"p{n}", n, f"a{n}")
+        assert each.since > 0
 
 
 def sleep_for_ever() -> None:
