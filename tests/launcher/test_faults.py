@@ -200,7 +200,9 @@ def test_writes_that_fail(
     tmp_path: Path, store: Path, undisturbed: list[dict[str, Any]], rank: int, fault: str, asynchronous: bool, told: str
 ) -> None:
     config = configuration(tmp_path, store, checkpoint={"every_steps": 4, "keep": 8, "asynchronous": asynchronous})
-    codes, said = run("train", config, ranks=2, faults={rank: fault})
+    slow = "train.step:sleep=0.3"  # no disk is that slow: the write has failed two steps later
+    faults = {rank: f"{fault},{slow}", 1 - rank: slow} if asynchronous else {rank: fault}
+    codes, said = run("train", config, ranks=2, faults=faults)
     assert codes == [2, 2], said
     assert f"step-00000008: {told}" in outcome(tmp_path).message or (
         f"step-00000008 on rank 1: {told}" in outcome(tmp_path).message
