@@ -34,23 +34,20 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
+from engines import engine_of
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from plain import PlainLlama, PlainLoop
 from torch.profiler import ProfilerActivity, profile
 
 import model.attention
 from launcher import config as configuration
-from launcher.machine import known_machine
+from launcher.plan.hardware import of_device
 from launcher.verify.world import run_world
-from model.build import build
 from model.config import ModelConfig
-from model.objectives import Prediction
 from model.size import flops_per_token, parameter_count
 from parallel.common.units import format_bytes, format_count
-from parallel.config import OptimizerConfig, ParallelConfig, Recompute, RecomputeConfig, ScheduleConfig, ScheduleName
+from parallel.config import ParallelConfig, Recompute, RecomputeConfig
 from parallel.engine import Engine
-from parallel.schedules import Schedule
-from parallel.topology import Topology
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 3
@@ -127,26 +124,17 @@ def batch_of(case: Case, step: int) -> dict[str, torch.Tensor]:
     }
 
 
-def engine_of(case: Case, layout: ParallelConfig, dtype: torch.dtype, *, device: torch.device | None = None) -> Engine:
-    """The engine, on the device that the topology chooses by itself or on the one given."""
-    topology = Topology.create(layout, device=device)
-    optimizer = OptimizerConfig(learning_rate=1e-4, schedule=ScheduleConfig(name=ScheduleName.constant))
-    chunks = build(
+def engine(case: Case, layout: ParallelConfig, dtype: torch.dtype, *, device: torch.device | None = None) -> Engine:
+    """The engine of a case."""
+    return engine_of(
         case.config,
         vocabulary_size=case.vocabulary_size,
-        sequence_length=case.sequence,
+        sequence=case.sequence,
+        micro_batch=case.micro_batch,
+        layout=layout,
         dtype=dtype,
-        topology=topology,
-        seed=1,
-    )
-    return Engine(
-        chunks,
-        objective=Prediction(),
-        topology=topology,
-        optimizer=optimizer,
-        schedule=Schedule(optimizer, total_steps=1),
-        micro_batch_size=case.micro_batch,
-        sequence_length=case.sequence,
+        learning_rate=1e-4,
+        device=device,
     )
 
 
@@ -188,11 +176,11 @@ def case_of(name: str, variant: str, micro_batch: int, recompute: str, steps: in
     """Trains a case for some steps and measures them."""
     case = replace(CASES[name], micro_batch=micro_batch)
     layout = ParallelConfig(zero_stage=1, recompute=RecomputeConfig(mode=Recompute(recompute)))
-    engine = engine_of(case, layout, torch.bfloat16)
-    VARIANTS[variant](engine)
+    built = engine(case, layout, torch.bfloat16)
+    VARIANTS[variant](built)
     batches = [batch_of(case, step) for step in range(WARM_UP + steps)]
-    seconds = _timed(lambda step: float(engine.step(batches[step]).loss), steps)
-    return {**_rates(case, seconds), "recompute": recompute, "time": _shares(lambda: engine.step(batches[0]))}
+    seconds = _timed(lambda step: float(built.step(batches[step]).loss), steps)
+    return {**_rates(case, seconds), "recompute": recompute, "time": _shares(lambda: built.step(batches[0]))}
 
 
 def plain_of(name: str, micro_batch: int, steps: int) -> dict[str, Any]:
@@ -216,9 +204,9 @@ def numerics() -> dict[str, Any]:
     case = CASES["tiny"]
 
     def found(dtype: torch.dtype, device: torch.device) -> tuple[float, dict[str, torch.Tensor]]:
-        engine = engine_of(case, ParallelConfig(), dtype, device=device)
-        loss = float(engine.accumulate(batch_of(case, 0)).loss)
-        return loss, {local.name: engine.updater.gradient(local).double().cpu() for local in engine.parameters}
+        built = engine(case, ParallelConfig(), dtype, device=device)
+        loss = float(built.accumulate(batch_of(case, 0)).loss)
+        return loss, {local.name: built.updater.gradient(local).double().cpu() for local in built.parameters}
 
     loss, gradients = found(torch.float64, torch.device("cpu"))
     result: dict[str, Any] = {"loss": loss}
@@ -232,8 +220,8 @@ def numerics() -> dict[str, Any]:
 
 def alone() -> dict[str, Any]:
     """Three steps in a world of one over the device's own backend."""
-    engine = engine_of(CASES["tiny"], ParallelConfig(zero_stage=1), torch.float32)
-    losses = [float(engine.step(batch_of(CASES["tiny"], step)).loss) for step in range(3)]
+    built = engine(CASES["tiny"], ParallelConfig(zero_stage=1), torch.float32)
+    losses = [float(built.step(batch_of(CASES["tiny"], step)).loss) for step in range(3)]
     return {"backend": dist.get_backend(), "losses": losses}
 
 
@@ -254,13 +242,13 @@ def _sharing(layout: ParallelConfig) -> list[float]:
     device = _device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    engine = engine_of(case, layout, torch.float32, device=device)
-    rows = case.micro_batch * case.micro_batches // engine.topology.data_parallel_size
-    first = engine.topology.data_parallel_rank * rows
+    built = engine(case, layout, torch.float32, device=device)
+    rows = case.micro_batch * case.micro_batches // built.topology.data_parallel_size
+    first = built.topology.data_parallel_rank * rows
     losses = []
     for step in range(3):
         batch = {name: tensor[first : first + rows] for name, tensor in batch_of(case, step).items()}
-        losses.append(float(engine.step(batch).loss))
+        losses.append(float(built.step(batch).loss))
     return losses
 
 
@@ -289,7 +277,7 @@ def _rates(case: Case, seconds: Sequence[float]) -> dict[str, Any]:
         "tokens_per_second": rate,
         "memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     }
-    machine = known_machine(configuration.load([], ["tracking.hardware=null"]), _device())
+    machine = of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     for name, causal in (("mfu_causal", True), ("mfu_full", False)):
         flops = rate * flops_per_token(case.config, case.vocabulary_size, case.sequence, causal=causal)
         row[name.replace("mfu", "flops")] = flops

@@ -30,10 +30,9 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
+from engines import engine_of
 
-from model.build import build
 from model.config import ModelConfig
-from model.objectives import Prediction
 from parallel.checkpoint.checkpoints import Checkpoints
 from parallel.checkpoint.fence import Fence
 from parallel.checkpoint.load import load
@@ -41,10 +40,8 @@ from parallel.checkpoint.manifest import step_name
 from parallel.checkpoint.retention import Retention
 from parallel.common.files import write_json
 from parallel.common.stateful import Stateful
-from parallel.config import OptimizerConfig, ParallelConfig
+from parallel.config import ParallelConfig
 from parallel.engine import Engine
-from parallel.schedules import Schedule
-from parallel.topology import Topology
 
 HIDDEN, VOCABULARY, SEQUENCE = 512, 8192, 64
 MEGABYTE = 1e6
@@ -67,20 +64,8 @@ def make_engine(megabytes: float) -> Engine:
     layer = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * 4 * HIDDEN
     layers = max(1, round((megabytes * MEGABYTE / 12 - VOCABULARY * HIDDEN) / layer))
     model = ModelConfig(layers=layers, hidden_size=HIDDEN, heads=8, ffn_hidden_size=4 * HIDDEN, tie_embeddings=True)
-    topology = Topology.create(ParallelConfig(zero_stage=1))
-    optimizer = OptimizerConfig(learning_rate=1e-3)
-    chunks = build(
-        model, vocabulary_size=VOCABULARY, sequence_length=SEQUENCE, dtype=torch.float32, topology=topology, seed=1
-    )
-    return Engine(
-        chunks,
-        objective=Prediction(),
-        topology=topology,
-        optimizer=optimizer,
-        schedule=Schedule(optimizer, total_steps=1),
-        micro_batch_size=1,
-        sequence_length=SEQUENCE,
-    )
+    layout = ParallelConfig(zero_stage=1)
+    return engine_of(model, vocabulary_size=VOCABULARY, sequence=SEQUENCE, micro_batch=1, layout=layout)
 
 
 @dataclass(frozen=True, kw_only=True)

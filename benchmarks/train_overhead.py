@@ -27,19 +27,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from engines import engine_of
 from plain import PlainLlama, PlainLoop
 from trainer import TrainerLoop
 
 from launcher.verify.world import run_world
-from model.build import build
 from model.config import ModelConfig
-from model.objectives import Prediction
 from model.size import flops_per_token, parameter_count
 from parallel.common.units import format_bytes, format_count
-from parallel.config import OptimizerConfig, ParallelConfig, ScheduleConfig, ScheduleName
-from parallel.engine import Engine, StepResult
-from parallel.schedules import Schedule
-from parallel.topology import Topology
+from parallel.config import ParallelConfig
+from parallel.engine import StepResult
 
 QUICKSTART = ModelConfig(layers=6, hidden_size=256, heads=8, kv_heads=4, ffn_hidden_size=704, tie_embeddings=True)
 SMALL = ModelConfig(layers=2, hidden_size=64, heads=4, kv_heads=2, ffn_hidden_size=176, tie_embeddings=True)
@@ -81,24 +78,13 @@ def random_batch(step: int, vocabulary_size: int) -> dict[str, torch.Tensor]:
 
 def our_step(case: Case) -> Callable[[int], StepResult]:
     """A function that takes the engine's step-th step."""
-    topology = Topology.create(ParallelConfig(zero_stage=1))
-    optimizer = OptimizerConfig(learning_rate=1e-3, schedule=ScheduleConfig(name=ScheduleName.constant))
-    chunks = build(
+    engine = engine_of(
         case.model,
         vocabulary_size=case.vocabulary_size,
-        sequence_length=SEQUENCE,
+        sequence=SEQUENCE,
+        micro_batch=MICRO_BATCH,
+        layout=ParallelConfig(zero_stage=1),
         dtype=case.dtype,
-        topology=topology,
-        seed=1,
-    )
-    engine = Engine(
-        chunks,
-        objective=Prediction(),
-        topology=topology,
-        optimizer=optimizer,
-        schedule=Schedule(optimizer, total_steps=1),
-        micro_batch_size=MICRO_BATCH,
-        sequence_length=SEQUENCE,
     )
     return lambda step: engine.step(random_batch(step, case.vocabulary_size))
 

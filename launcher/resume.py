@@ -37,11 +37,11 @@ def begin(parts: Parts, config: RunConfig) -> Path | None:
     if config.checkpoint.load is None:
         return None
     origin = _found(config.checkpoint.load)
-    with agreed(f"load the checkpoint {origin}"):
-        _check_classes(origin, config)
     names = _PARTS.get(config.checkpoint.load_parts, tuple(parts.participants))
-    if "optimizer" in names:
-        with agreed(f"load the checkpoint {origin}"):
+    with agreed(f"load the checkpoint {origin}"):
+        if config.model.classes.number:
+            _check_classes(origin, config)
+        if "optimizer" in names:
             _check_optimizer(origin, config.optimizer.name)
     anew = config.checkpoint.load_parts is LoadParts.weights
     parts.checkpoints.load(
@@ -64,7 +64,7 @@ def _check_classes(origin: Path, config: RunConfig) -> None:
     places = (Path(Manifest.read(origin).config["data"]["store"]), origin.parent.parent)
     found = next(((place, facts) for place in places if (facts := Facts.read(place)) is not None), None)
     ours = Facts.read(Path(config.data.store))
-    if found is None or ours is None or not config.model.classes.number:
+    if found is None or ours is None:
         return
     place, theirs = found
     if theirs.labels != ours.labels and sorted(theirs.labels) == sorted(ours.labels):

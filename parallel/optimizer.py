@@ -140,14 +140,8 @@ class PlainUpdater:
         set_learning_rate(self.optimizer, learning_rate)
         set_refused(self.optimizer, refused)
         self.optimizer.step()
-        for local, master in zip(self.parameters, self.masters, strict=True):
-            self._round(local, master)
+        self.follow()
         return norm, refused
-
-    @staticmethod
-    def _round(local: LocalParameter, master: Tensor) -> None:
-        if master is not local.parameter:
-            local.parameter.data.copy_(master)
 
     def gradient(self, local: LocalParameter) -> Tensor:
         return self.gradients[self._index[local.parameter]]
@@ -172,7 +166,8 @@ class PlainUpdater:
     @torch.no_grad()
     def follow(self) -> None:
         for local, master in zip(self.parameters, self.masters, strict=True):
-            self._round(local, master)
+            if master is not local.parameter:
+                local.parameter.data.copy_(master)
 
     def set_steps_taken(self, steps: int) -> None:
         set_steps(self.optimizer, steps)

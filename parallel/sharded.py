@@ -58,6 +58,10 @@ class _Place:
         return flat[self.start : self.stop].view(self.local.shape)
 
 
+def _own(flat: Tensor, group: ProcessGroup) -> Tensor:
+    return flat.chunk(group.size())[group.rank()]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Bucket:
     """Parameters that are reduced, stepped and gathered together."""
@@ -75,7 +79,7 @@ class _Bucket:
 
     def own(self, flat: Tensor) -> Tensor:
         """This rank's part of a tensor of the bucket, a view."""
-        return flat.chunk(self.group.size())[self.group.rank()]
+        return _own(flat, self.group)
 
     def fragment(self, place: _Place, own: Tensor) -> Fragment | None:
         """What this rank's part of a tensor of the bucket has of a parameter."""
@@ -298,7 +302,6 @@ def _bucket(members: Sequence[LocalParameter], topology: Topology) -> _Bucket:
         parameter.data = place.of(weights)
         if parameter.dtype == torch.float32:
             parameter.grad = place.of(gradients)
-    own, own_gradient = (flat.chunk(group.size())[group.rank()] for flat in (weights, gradients))
-    master = own.float().clone()
-    master.grad = own_gradient
+    master = _own(weights, group).float().clone()
+    master.grad = _own(gradients, group)
     return _Bucket(group=group, places=places, weights=weights, gradients=gradients, master=master)

@@ -128,6 +128,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", place], check=True)
 
 
+def filled(disk: Path, *, left_bytes: int) -> Path:
+    """A file that takes all room but so much."""
+    filler = disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(disk).free - left_bytes))
+    return filler
+
+
 @pytest.mark.fault(
     number=16,
     fault="the disk is full: not a byte is left; or too few for a checkpoint",
@@ -139,8 +146,7 @@ def test_a_full_disk(small_disk: Path, store: Path, undisturbed: list[dict[str, 
     config = configuration(small_disk, store)
     started = start("train", config, ranks=2, faults={0: "train.step:sleep=0.1"})
     wait_for_step(started, small_disk, 5)
-    filler = small_disk / "filler"
-    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - left_bytes))
+    filler = filled(small_disk, left_bytes=left_bytes)
     codes = started.wait()
     said = started.said()
     assert codes[0] == 2, said
@@ -162,8 +168,7 @@ def test_a_disk_that_is_full_for_a_while(small_disk: Path, store: Path, undistur
     config = configuration(small_disk, store, checkpoint={"every_steps": 4, "keep": 8, "failures": 2})
     started = start("train", config, ranks=2, faults={0: "train.step:sleep=0.3"})
     wait_for_step(started, small_disk, 5)
-    filler = small_disk / "filler"
-    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - (256 << 10)))
+    filler = filled(small_disk, left_bytes=256 << 10)
     directory = RunDirectory(small_disk / "run")
     until = time.monotonic() + 120
     while not (missed := [event for event in directory.events if event["event"] == "not_saved"]):
