@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from data_pipeline.builders import Causal, SampleBuilder, Setting
 from data_pipeline.examples.rows import Answers, Classes, EncoderClasses, Targets
 from data_pipeline.masking import Masked
 from data_pipeline.pairs import Pairs
 from data_pipeline.prefix import Prefix
+from data_pipeline.sample_builder import Causal, SampleBuilder, Setting
 from data_pipeline.spans import Spans
 
 CAUSAL = "causal"

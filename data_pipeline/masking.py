@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.batch import Rows
-from data_pipeline.builders import Causal, Setting
 from data_pipeline.corruption import MaskingConfig
 from data_pipeline.marks import Marks, marks
 from data_pipeline.mixture import random_bits
+from data_pipeline.sample_builder import Causal, Setting
 
 
 def shares(count: int, *purpose: str | int) -> NDArray[np.float64]:

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.batch import Rows
-from data_pipeline.builders import SampleBuilder, Setting
 from data_pipeline.marks import marks
 from data_pipeline.masking import Masking, cover_rows, shares
 from data_pipeline.packing import PackedStream
+from data_pipeline.sample_builder import SampleBuilder, Setting
 from data_pipeline.samples import Samples, Window
 from data_pipeline.store import Store
 from parallel.common.errors import UserError

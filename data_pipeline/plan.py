@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from data_pipeline.builders import SampleBuilder, Setting
 from data_pipeline.config import DataConfig, FillInTheMiddleConfig, Packing, PhaseConfig
 from data_pipeline.corruption import MaskingConfig, SpansConfig
 from data_pipeline.following import Following
 from data_pipeline.forms import BUILDERS, CAUSAL
 from data_pipeline.middle import FillInTheMiddle
 from data_pipeline.packing import PackedStream
+from data_pipeline.sample_builder import SampleBuilder, Setting
 from data_pipeline.samples import Samples, SourceStream
 from data_pipeline.store import Store
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.batch import Rows
-from data_pipeline.builders import Causal
 from data_pipeline.masking import shares
+from data_pipeline.sample_builder import Causal
 
 
 class Prefix(Causal):

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.batch import Rows
-from data_pipeline.builders import SampleBuilder, Setting
 from data_pipeline.marks import marks
 from data_pipeline.masking import shares
+from data_pipeline.sample_builder import SampleBuilder, Setting
 
 
 class Spans(SampleBuilder):

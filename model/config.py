@@ -26,7 +26,7 @@ class FamilyName(StrEnum):
 
 
 class ObjectiveName(StrEnum):
-    """What training minimises (model/objectives.py), each over samples of its own form (data_pipeline/builders.py)."""
+    """What training minimises (model/objectives.py), each over samples of its own form (data_pipeline/forms.py)."""
 
     causal_lm = "causal_lm"
     """Every token from those before it in its document."""

@@ -79,7 +79,7 @@ RULES: dict[str, Rule] = {
     "muon": Rule(title="Muon", states=muon_states),
     "adafactor": Rule(title="Adafactor", states=adafactor_states),
 }
-"""By the word in `optimizer.name`; a plugin adds its own with `parallel.builders.register_optimizer`."""
+"""By the word in `optimizer.name`; a plugin adds its own with `parallel.torch_optimizers.register_optimizer`."""
 
 
 def is_orthogonalised(name: str, shape: Shape, config: OptimizerConfig) -> bool:

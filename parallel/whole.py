@@ -23,7 +23,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from parallel.builders import BUILDERS, Stepped
 from parallel.config import OptimizerConfig
 from parallel.held import Tensors
 from parallel.loss_scale import LossScale
@@ -32,6 +31,7 @@ from parallel.optimizer import set_learning_rate
 from parallel.parameters import LocalParameter, setting_of
 from parallel.rules import RULES
 from parallel.topology import Topology
+from parallel.torch_optimizers import BUILDERS, Stepped
 from parallel.updater import Kind, Refuses, add_into, add_squares, never, reduce_tied
 
 

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.batch import Rows
-from data_pipeline.builders import SampleBuilder, Setting
 from data_pipeline.examples.kinds import BEGIN, BORDER, END, Facts, Kind, facts_of
 from data_pipeline.marks import marks
 from data_pipeline.packing import PackedStream, best_fit
+from data_pipeline.sample_builder import SampleBuilder, Setting
 from data_pipeline.samples import Samples, Window
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import Tokenizer

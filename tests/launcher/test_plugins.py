@@ -136,7 +136,7 @@ def test_a_filter_of_ones_own_drops_documents_and_is_counted(tmp_path: Path, pac
         ("import nowhere_at_all", "the module my_recipes cannot be imported: No module named 'nowhere_at_all'"),
         ("1 / 0", "the module my_recipes cannot be imported: ZeroDivisionError: division by zero"),
         (
-            "from parallel.builders import register_optimizer\nregister_optimizer('muon', None, states=())",
+            "from parallel.torch_optimizers import register_optimizer\nregister_optimizer('muon', None, states=())",
             "ValueError: there is an optimizer called muon already",
         ),
     ],

@@ -1,4 +1,4 @@
-"""What makes samples: one builder for each way to learn from the same store. `forms` is the table of them.
+"""What makes samples, and the plainest of them: one builder for each way to learn from the same store (`forms`).
 
 A builder says what it reads (a stream of `samples.Samples`, each row some tokens of a source and the one that follows
 them) and makes rows into a batch. Everything random in it depends on (seed, purpose, sample) alone, so that neither
