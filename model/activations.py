@@ -4,9 +4,10 @@ The idea is Korthikanti et al., 2022, arXiv:2205.05198, section 4: count the ten
 operations are those of `model.specs` and `model.attention`: attention keeps no matrix of scores, and rotary positions,
 the gate and the residual sums are operations of their own, so that more is kept than in a fused layer.
 
-Tested to within 5 % of what autograd's saved-tensor hooks see on a CPU (tests/model/test_activations.py). There RMSNorm
-is made of several operations, in fp32; `fused_norms` says that it is one, as on an accelerator. Experts are taken to
-get equal shares of the tokens. Imports without torch.
+Tested to within 5 % of what autograd's saved-tensor hooks see on a CPU, and of what a block that computes itself again
+holds without their seeing it (tests/model/test_activations.py); but for its random states, which lie in the host's
+memory. There RMSNorm is made of several operations, in fp32; `fused_norms` says that it is one, as on an accelerator.
+Experts are taken to get equal shares of the tokens. Imports without torch.
 """
 
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def embedding_bytes(config: ModelConfig, batch: MicroBatch) -> int:
 
 
 def shared_bytes(config: ModelConfig, batch: MicroBatch) -> int:
-    """Of a chunk, once for all of its blocks: cosines and sines."""
+    """Of a chunk, once for all of its blocks: cosines and sines, which a block that computes itself again holds too."""
     return 2 * head_size(config) * batch.width * batch.tokens if config.position is Position.rope else 0
 
 
@@ -111,18 +112,26 @@ def _attention(config: ModelConfig, batch: MicroBatch, *, again: bool) -> int:
     key_value = (config.kv_heads or config.heads) * head_size(config) * tokens // batch.tensor
     head_norms = _head_norms(config, batch, query, key_value) if config.qk_norm else 0
     if again:
-        normed = key_value * width if config.qk_norm else 0
-        return head_norms + normed + width * (query + (query + 2 * key_value) + query)
+        made = query + key_value if config.qk_norm else _gathered_queries(config, batch, query)
+        return head_norms + width * (made + (query + 2 * key_value) + query)
     rotated = config.position is Position.rope or config.qk_norm
     if batch.context > 1:
         kept = query + 2 * key_value * batch.context
     elif batch.packed and batch.samples > 1:
         kept = query + 2 * key_value
     else:
-        kept = (query + key_value if rotated else 0) + query + 2 * key_value
+        made = query + key_value if rotated else _gathered_queries(config, batch, query)
+        kept = made + query + 2 * key_value
     pieces = query if batch.packed or batch.context > 1 else 0  # documents' results, put together again
     statistics = 4 * config.heads // batch.tensor * tokens
     return head_norms + width * (kept + query + pieces) + statistics
+
+
+def _gathered_queries(config: ModelConfig, batch: MicroBatch, query: int) -> int:
+    """Queries of the groups of a rank: in the projection a key and a value stand between two groups', so that several
+    groups of several are copied, while one group's, or one query's for each key, are a view."""
+    groups = (config.kv_heads or config.heads) // batch.tensor
+    return query if 1 < groups < config.heads // batch.tensor else 0
 
 
 def _head_norms(config: ModelConfig, batch: MicroBatch, query: int, key_value: int) -> int:
