@@ -6,21 +6,27 @@ round, and only where they differ the ranks look closer. With three copies or mo
 each is held against the masters that ZeRO keeps elsewhere, rounded as the forward pass reads them; stage 0 has none,
 so both are named. ZeRO-3 keeps no copies over data-parallel ranks; its parts are compared over tensor ranks.
 
+Frozen weights are looked at too, and more is at stake there: a flip in one stays for good, because nothing writes them
+anew, and a checkpoint has whichever copy it takes. They have no masters; of two copies nobody can say which is wrong.
+
 A sum of bits finds any single flip; two flips that cancel each other it does not. Every update of ZeRO-1 and 2 writes
 the forward weights anew from the masters, so a flip lives for one step: this finds memory that keeps flipping, or a
 rank whose arithmetic or network differs, and no master that went bad before it was sent round.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from parallel.checkpoint.agreement import exchange
 from parallel.common.files import hash_bytes
+from parallel.frozen import frozen_pieces
 from parallel.parameters import LocalParameter
 from parallel.updater import Kind, Updater
 
@@ -39,18 +45,24 @@ class Odd:
     """Whether it is known which are wrong."""
 
 
-def compare(parameters: Sequence[LocalParameter], updater: Updater, group: ProcessGroup | None) -> Odd | None:
+def compare(
+    parameters: Sequence[LocalParameter],
+    frozen: Sequence[LocalParameter],
+    updater: Updater,
+    group: ProcessGroup | None,
+) -> Odd | None:
     """Looks once; every rank calls this, and all learn the same.
 
     Args:
-        parameters: of this rank.
+        parameters: that this rank trains.
+        frozen: that it holds besides.
         updater: which holds the masters.
         group: all ranks over the hosts.
     """
-    pieces = list(_pieces(parameters, updater))
+    pieces = [*_pieces(parameters, partial(updater.pieces, kind=Kind.weight)), *_pieces(frozen, frozen_pieces)]
     sums = torch.stack([value.view(_BITS[value.element_size()]).sum(dtype=torch.int64) for _, _, value in pieces])
     mine = dict(zip(((name, place) for name, place, _ in pieces), sums.tolist(), strict=True))
-    if _alike(exchange(_summary(parameters, mine), group)):
+    if _alike(exchange(_summary((*parameters, *frozen), mine), group)):
         return None
     everywhere = exchange(mine, group)
     keys = sorted({key for rank in everywhere for key in rank})
@@ -65,15 +77,17 @@ def compare(parameters: Sequence[LocalParameter], updater: Updater, group: Proce
     return Odd(parameter=name, ranks=found or tuple(holders), certain=bool(found))
 
 
-def _pieces(parameters: Sequence[LocalParameter], updater: Updater) -> Iterator[tuple[str, str, Tensor]]:
-    """Name, place and content of what this rank holds for the forward pass, or of its part of the masters."""
+def _pieces(
+    parameters: Sequence[LocalParameter], parts: Callable[[LocalParameter], Iterable[ShardedTensor]]
+) -> Iterator[tuple[str, str, Tensor]]:
+    """Name, place and content of what this rank holds for the forward pass, or of the `parts` that it has of it."""
     for local in parameters:
         shard = local.shards[0].description
         if _whole(local):
             place = f"{shard.global_offset}{' copy' if local.tied_copy else ''}"
             yield shard.key, place, local.parameter.detach().flatten()
         else:
-            for piece in updater.pieces(local, Kind.weight):
+            for piece in parts(local):
                 assert piece.data is not None
                 yield shard.key, str(piece.global_offset), piece.data.flatten()
 

@@ -43,7 +43,7 @@ class Replicas:
         step = self._progress.step + 1
         if self._every is None or step % self._every:
             return False
-        odd = compare(self._engine.parameters, self._engine.updater, self._group)
+        odd = compare(self._engine.parameters, self._engine.frozen, self._engine.updater, self._group)
         if odd is not None:
             names = ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in odd.ranks)
             whose = f"{names} holds other bits than the ranks that should hold the same"

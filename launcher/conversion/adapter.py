@@ -30,6 +30,7 @@ from model.hf.families import pairs_of
 from model.hf.pairs import Pair
 from model.lora import in_turns, without
 from model.projections import A, B, adapted, projections, scale
+from parallel.checkpoint.stream import StoredTensors
 from parallel.common.errors import UserError
 from parallel.common.files import write_json
 from parallel.common.lazy import Lazy
@@ -64,7 +65,7 @@ def _exported(job: ExportJob, ranks: Ranks) -> Outcome:
         if not PEFT.is_installed:
             raise UserError("comparing logits needs peft: pip install 'bloomery[hf]', or call with --no-check.")
     config = job.checkpoint.config()
-    tensors = Weights(job.checkpoint.path, averaged=job.averaged)
+    tensors = Weights(StoredTensors(job.checkpoint.path), averaged=job.averaged)
     model = described_model(config, tensors)
     whole, tensors.merged = tensors.merged, None
     if whole is None:

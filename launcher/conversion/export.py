@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from model.config import ModelConfig, ObjectiveName
 from model.hf.families import config_json, pairs_of
 from model.hf.pairs import Pair
 from model.lora import change
-from model.projections import is_adapter
+from model.projections import adapted, is_adapter
 from parallel.average import AVERAGE
 from parallel.checkpoint.stream import StoredTensors
 from parallel.common.errors import UserError
@@ -49,17 +49,32 @@ OUTPUT = "output_layer.weight"
 logger = logging.getLogger(__name__)
 
 
+class Tensors(Protocol):
+    """Whole tensors under the names that they have in a checkpoint: those of a stored one, or of a model in memory."""
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Of all, by name."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One, on the CPU."""
+        ...
+
+
 class Weights:
-    """The weights of a checkpoint by their own names, or their average over the steps; of adapted matrices with what
+    """The weights among some tensors by their own names, or their average over the steps; of adapted matrices with what
     their adapters add, once `merged` is set."""
 
-    def __init__(self, path: Path, *, averaged: bool = False) -> None:
-        """Verifies every file first.
-
-        Raises:
-            UserError: the checkpoint is damaged, or keeps no average.
+    def __init__(self, tensors: Tensors, *, averaged: bool = False) -> None:
+        """Raises:
+        UserError: no average is kept.
         """
-        self._tensors = StoredTensors(path)
+        self._tensors = tensors
         self._prefix = f"{AVERAGE}." if averaged else WEIGHT
         named = {name: shape for name, shape in self._tensors.shapes.items() if name.startswith(self._prefix)}
         self.output_factor = 1.0
@@ -71,7 +86,13 @@ class Weights:
         self.shapes = {name.removeprefix(self._prefix): shape for name, shape in named.items() if not is_adapter(name)}
         """Of all but the adapters."""
         if averaged and not self.shapes:
-            raise UserError(f"{path} keeps no average of the weights: its run was without optimizer.average_decay.")
+            raise UserError("the checkpoint keeps no average of the weights: its run had no optimizer.average_decay.")
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of what `read` gives."""
+        path, _, kind = name.rpartition(".")
+        having = self.merged and kind == "weight" and adapted(self.merged, path.rpartition(".")[2])
+        return torch.float32 if having else self._tensors.dtype(f"{self._prefix}{name}")
 
     def read(self, name: str) -> Tensor:
         """One whole tensor, on the CPU."""
@@ -108,7 +129,7 @@ def _exported(job: ExportJob, ranks: Ranks) -> Outcome:
     if job.check:
         missing_transformers()
     config = job.checkpoint.config()
-    tensors = Weights(job.checkpoint.path, averaged=job.averaged)
+    tensors = Weights(StoredTensors(job.checkpoint.path), averaged=job.averaged)
     model = described_model(config, tensors)
     pairs = pairs_of(model)
     check_names(job.checkpoint.path, tensors, pairs)

@@ -1,5 +1,6 @@
 """A checkpoint as a model of `transformers` in memory, float32: what an export would give, without its files."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from launcher.conversion.export import Weights, check_names, described_model, th
 from launcher.places import Checkpoint
 from model.config import ModelConfig
 from model.hf.families import config_json, pairs_of
+from parallel.checkpoint.stream import StoredTensors
 from parallel.common.errors import UserError
 
 
@@ -29,10 +31,13 @@ def in_memory(checkpoint: Checkpoint) -> Any:
     Raises:
         UserError: the checkpoint is damaged, or its model is none that `transformers` knows.
     """
-    config = checkpoint.config()
-    tensors = Weights(checkpoint.path)
+    return evaluated(checkpoint.config(), Weights(StoredTensors(checkpoint.path)), place=checkpoint.path)
+
+
+def evaluated(config: RunConfig, tensors: Weights, *, place: Path) -> Any:
+    """The same of the weights of a run, which `place` names in what is said of them."""
     model = described_model(config, tensors)
-    check_names(checkpoint.path, tensors, pairs_of(model))
+    check_names(place, tensors, pairs_of(model))
     made = in_transformers(config, model, tensors)
     return made.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 

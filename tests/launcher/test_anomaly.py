@@ -325,7 +325,8 @@ def _flip(monkeypatch: pytest.MonkeyPatch, rank: int, step: int, name: str) -> N
     def patched(self: Preempt) -> bool:
         (engine,) = engines
         if engine.schedule.steps_taken == step and int(os.environ.get("RANK", "0")) == rank:
-            (local,) = [local for local in engine.parameters if name in local.shards[0].description.key]
+            held = (*engine.parameters, *engine.frozen)
+            (local,) = [local for local in held if name in local.shards[0].description.key]
             local.parameter.data.view(-1).view(torch.uint8)[0] ^= 1
         return agreed(self)
 
@@ -335,27 +336,36 @@ def _flip(monkeypatch: pytest.MonkeyPatch, rank: int, step: int, name: str) -> N
 
 @pytest.mark.fault(
     number=24,
-    fault="one bit of one rank's weight flips: data parallel with ZeRO-1, -2 and without, tensor parallel",
-    holds="found at the next comparison, before a save; the rank is named, by the masters or by the majority",
+    fault="one bit of one rank's weight flips: data parallel with ZeRO-1, -2 and without, tensor parallel; "
+    "of a weight that is trained, and of one that is frozen",
+    holds="found at the next comparison, before a save; the rank is named, by the masters or by the majority, or "
+    "all who hold it",
     back_after="stopped, for somebody to look at that machine",
 )
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("layout", "precision", "ranks", "told"),
+    ("layout", "options", "ranks", "told"),
     [
-        ({"zero_stage": 1}, "fp32", 2, "rank 1 on"),
-        ({"zero_stage": 0}, "fp32", 3, "rank 1 on"),
-        ({"zero_stage": 0}, "fp32", 2, "which of them is wrong nobody can say"),
-        ({"tensor": 2, "zero_stage": 1}, "bf16", 2, "rank 1 on"),
+        ({"zero_stage": 1}, [], 2, "rank 1 on"),
+        ({"zero_stage": 0}, [], 3, "rank 1 on"),
+        ({"zero_stage": 0}, [], 2, "which of them is wrong nobody can say"),
+        ({"tensor": 2, "zero_stage": 1}, ["precision=bf16"], 2, "rank 1 on"),
+        (
+            {"zero_stage": 1},
+            ["optimizer.frozen=[embedding]", "precision=bf16"],
+            2,
+            "which of them is wrong nobody can say",
+        ),
+        ({"tensor": 2, "zero_stage": 1}, ["optimizer.frozen=[final_norm]"], 4, "rank 1 on"),
     ],
-    ids=["zero1", "zero0-three", "zero0-two", "tp2-bf16"],
+    ids=["zero1", "zero0-three", "zero0-two", "tp2-bf16", "frozen-bf16", "frozen-tp2"],
 )
 def test_a_flipped_bit_names_its_rank(
     tmp_path: Path,
     store: Path,
     monkeypatch: pytest.MonkeyPatch,
     layout: dict[str, Any],
-    precision: str,
+    options: list[str],
     ranks: int,
     told: str,
 ) -> None:
@@ -364,7 +374,7 @@ def test_a_flipped_bit_names_its_rank(
         tmp_path, store, train={"global_batch_size": 6}, parallel=layout, anomaly={"replicas_every_steps": 2},
         checkpoint={"every_steps": 4},
     )  # fmt: skip
-    codes, said = run("train", config, f"precision={precision}", ranks=ranks)
+    codes, said = run("train", config, *options, ranks=ranks)
     assert codes == [1] * ranks, said
     outcome = Outcome.read(tmp_path / "run/outcome.json")
     assert outcome is not None

@@ -19,6 +19,7 @@ from launcher.generation.streaming import Streamer
 from launcher.generation.writer import Writer
 from launcher.places import find_checkpoint
 from launcher.verify.world import run_world
+from parallel.checkpoint.stream import StoredTensors
 from parallel.common.errors import UserError
 from tests.launcher.test_encoders import make
 from tests.launcher.test_finetune import ANSWERS, base, chats, tuned  # noqa: F401
@@ -108,7 +109,7 @@ def trigrams(tokenizer: Tokenizer, text: str) -> list[tuple[int, ...]]:
 def test_the_model_in_memory_computes_what_ours_does(trained: Path) -> None:
     def compute() -> None:
         checkpoint = find_checkpoint(str(trained))
-        tensors = Weights(checkpoint.path)
+        tensors = Weights(StoredTensors(checkpoint.path))
         model = described_model(checkpoint.config(), tensors)
         weights = {name: tensors.read(name) for name in tensors.shapes}
         compare_logits(model, weights, in_memory(checkpoint), sequence_length=32)

@@ -27,7 +27,7 @@ from launcher.verify.world import run_world
 from launcher.work import Ranks
 from model.config import Activation, FamilyName, LoraConfig, ModelConfig, Norm, Position
 from model.hf.families import pairs_of
-from model.lora import without
+from model.lora import change, without
 from model.projections import is_adapter
 from model.size import flops_per_token, parameter_count
 from parallel.checkpoint.stream import StoredTensors
@@ -263,7 +263,7 @@ def test_merged_and_apart_they_are_what_was_trained(base: Path, tuned: Path, tmp
 @torch.no_grad()
 def live(path: Path, tokens: Tensor) -> Tensor:
     """Logits of our model with its adapters beside its matrices, [batch, sequence, vocabulary]."""
-    stored = Weights(path / "checkpoints" / "step-00000012")
+    stored = Weights(StoredTensors(path / "checkpoints" / "step-00000012"))
     config = find_checkpoint(str(path)).config()
     model = replace(config.model, vocabulary_size=stored.shapes["embedding.word_embeddings.weight"][0])
     batch = {
@@ -274,6 +274,31 @@ def live(path: Path, tokens: Tensor) -> Tensor:
     outputs = our_outputs(model, {name: stored.read(name) for name in stored.names}, batch, sequence_length=32)
     assert isinstance(outputs, Tensor)
     return outputs.transpose(0, 1)
+
+
+@pytest.mark.truth
+def test_the_mean_of_adapters_is_that_of_the_merged_matrices(base: Path, tuned: Path, tmp_path: Path) -> None:
+    places = [f"{tuned / 'run'}@8", f"{tuned / 'run'}@12", str(base)]
+    codes, said = run("checkpoint", "average", *places, "--output", tmp_path / "mean")
+    assert codes == [0], said
+    assert "adapters merged" in said
+
+    def compare() -> None:
+        ours = Weights(StoredTensors(find_checkpoint(str(tmp_path / "mean")).path))
+        parts = [Weights(StoredTensors(find_checkpoint(place).path)) for place in places]
+        model = find_checkpoint(places[0]).config().model
+        assert not any(map(is_adapter, ours.names))
+        for name in ours.names:
+            total = sum(part.read(name).double() for part in parts)
+            for part in parts[:2]:
+                added = change(model, name, part.read)
+                total = total if added is None else total + added
+            torch.testing.assert_close(ours.read(name), (total / 3).float(), rtol=1e-6, atol=1e-7)
+
+    assert run_world(compare, 1) == [None]
+    assert find_checkpoint(str(tmp_path / "mean")).config().model.lora.rank is None
+    codes, said = run("evaluate", tmp_path / "mean")
+    assert codes == [0], said
 
 
 def test_evaluation_and_generation_know_adapters(tuned: Path) -> None:
