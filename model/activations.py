@@ -2,7 +2,9 @@
 
 The idea is Korthikanti et al., 2022, arXiv:2205.05198, section 4: count the tensors that each operation saves. The
 operations are those of `model.specs` and `model.attention`: attention keeps no matrix of scores, and rotary positions,
-the gate and the residual sums are operations of their own, so that more is kept than in a fused layer.
+the gate and the residual sums are operations of their own, so that more is kept than in a fused layer. A frozen matrix
+keeps nothing: what it reads is kept where an adapter on it reads that too, and what comes before the first adapter of
+the model is not kept at all.
 
 Tested to within 5 % of what autograd's saved-tensor hooks see on a CPU, and of what a block that computes itself again
 holds without their seeing it (tests/model/test_activations.py); but for its random states, which lie in the host's
@@ -10,10 +12,13 @@ memory. There RMSNorm is made of several operations, in fp32; `fused_norms` says
 Experts are taken to get equal shares of the tokens. Imports without torch.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from model.config import ModelConfig, Norm, Position
+from model.projections import ROW_PARALLEL, adapted
 from model.size import has_experts, head_size
 from parallel.config import Recompute, RecomputeConfig
 
@@ -56,11 +61,17 @@ def chunk_bytes(config: ModelConfig, layers: range, batch: MicroBatch, recompute
             found += mixtures * block_bytes(config, batch, mode, experts=True)
         if len(part) > mixtures:
             found += (len(part) - mixtures) * block_bytes(config, batch, mode, experts=False)
+        if part and part.start == 0 and _is_frozen(config):
+            experts = has_experts(config, 0)
+            found += block_bytes(config, batch, mode, experts=experts, first=True)
+            found -= block_bytes(config, batch, mode, experts=experts)
     return found
 
 
 def embedding_bytes(config: ModelConfig, batch: MicroBatch) -> int:
     """Of the first chunk besides its blocks."""
+    if _is_frozen(config):
+        return 0
     ids = 8 * batch.tokens * (2 if config.position is Position.learned else 1)
     return ids + (batch.width * config.hidden_size * batch.between if config.dropout else 0)
 
@@ -72,7 +83,8 @@ def shared_bytes(config: ModelConfig, batch: MicroBatch) -> int:
 
 def output_bytes(config: ModelConfig, batch: MicroBatch) -> int:
     """Of the last chunk besides its blocks, but for the logits: the final norm."""
-    return _norm(config, batch)
+    learns = not _is_frozen(config) or config.classes.number
+    return _norm_input(config, batch) + (batch.width * config.hidden_size * batch.between if learns else 0)
 
 
 def logits_bytes(vocabulary_size: int, batch: MicroBatch) -> tuple[int, int]:
@@ -82,14 +94,70 @@ def logits_bytes(vocabulary_size: int, batch: MicroBatch) -> tuple[int, int]:
     return 4 * logits + 8 * batch.tokens, (batch.width + 8) * logits
 
 
-def block_bytes(config: ModelConfig, batch: MicroBatch, recompute: Recompute, *, experts: bool) -> int:
-    """Of one block, with a mixture of experts or an MLP."""
+class _Part(NamedTuple):
+    """Of a block: some operations, and a matrix that reads what they gave."""
+
+    kept: int
+    """Bytes that the operations keep for the gradients of what they read."""
+    linear: str
+    """The matrix as its module is called; empty where it is several, or never has adapters."""
+    read: int
+    """Bytes of what it reads."""
+    is_kept: bool = False
+    """Whether the operations keep that themselves."""
+
+
+def block_bytes(
+    config: ModelConfig, batch: MicroBatch, recompute: Recompute, *, experts: bool, first: bool = False
+) -> int:
+    """Of one block, with a mixture of experts or an MLP; `first`: what it reads asks for no gradient."""
+    hidden = batch.width * config.hidden_size * batch.between
     if recompute is Recompute.full:
-        return batch.width * config.hidden_size * batch.between
-    dropped = 2 * batch.width * config.hidden_size * batch.between if config.dropout else 0
-    attention = _attention(config, batch, again=recompute is Recompute.selective)
-    inner = _experts(config, batch) if experts else _inner(config, config.ffn_hidden_size, batch) * batch.tokens
-    return 2 * _norm(config, batch) + dropped + attention + inner
+        return hidden
+    dropped = hidden if config.dropout else 0
+    found, learns = 0, not first
+    for part in _parts(config, batch, again=recompute is Recompute.selective, experts=experts):
+        if learns:
+            found += part.kept
+        if not _is_frozen(config):
+            found += 0 if part.is_kept else part.read
+        elif part.linear:
+            found += _adapters(config, batch, part, learns=learns)
+            learns = learns or bool(adapted(config, part.linear))
+    return found + 2 * dropped
+
+
+def _parts(config: ModelConfig, batch: MicroBatch, *, again: bool, experts: bool) -> Iterator[_Part]:
+    """In the order of the forward pass, dropout left out."""
+    width, hidden = batch.width, batch.width * config.hidden_size * batch.between
+    norm = _norm_input(config, batch)
+    attended = width * config.heads * head_size(config) * batch.tokens // batch.tensor
+    is_view = not (again or batch.packed or batch.context > 1)  # else documents' results are put together again
+    attention = _attention(config, batch, again=again)
+    yield _Part(kept=norm, linear="linear_qkv", read=hidden)
+    yield _Part(kept=attention - (0 if is_view else attended), linear="linear_proj", read=attended, is_kept=is_view)
+    if experts:
+        yield _Part(kept=norm + _experts(config, batch), linear="", read=hidden)
+        return
+    product = width * config.ffn_hidden_size // batch.tensor * batch.tokens
+    inner = _inner(config, config.ffn_hidden_size, batch) * batch.tokens
+    yield _Part(kept=norm, linear="linear_fc1", read=hidden)
+    yield _Part(kept=inner - product, linear="linear_fc2", read=product)
+
+
+def _is_frozen(config: ModelConfig) -> bool:
+    return config.lora.rank is not None
+
+
+def _adapters(config: ModelConfig, batch: MicroBatch, part: _Part, *, learns: bool) -> int:
+    """Of those on a frozen matrix: what they read, and what A gives of it to B. With dropout each reads something else,
+    and `learns` says whether a gradient goes through the mask."""
+    count = len(adapted(config, part.linear))
+    tokens = batch.between if part.linear in ROW_PARALLEL else batch.tokens
+    low = batch.width * (config.lora.rank or 0) * tokens
+    if config.lora.dropout:
+        return count * (low + part.read * (2 if learns else 1))
+    return count * low + (part.read if count and not (part.is_kept and learns) else 0)
 
 
 def _norm(config: ModelConfig, batch: MicroBatch) -> int:
@@ -101,6 +169,14 @@ def _norm(config: ModelConfig, batch: MicroBatch) -> int:
     return batch.between * (hidden * (inner + width) + 4)
 
 
+def _norm_input(config: ModelConfig, batch: MicroBatch) -> int:
+    """Without its output; and frozen without the normalised input, of which the weight's gradient is made."""
+    elements = config.hidden_size * batch.between
+    is_one = batch.fused_norms or config.norm is Norm.layer
+    normed = 0 if is_one or not _is_frozen(config) else max(4, batch.width)
+    return _norm(config, batch) - (batch.width + normed) * elements
+
+
 def _attention(config: ModelConfig, batch: MicroBatch, *, again: bool) -> int:
     """Queries, keys and values as attention takes them, its result, and a number for each head.
 
@@ -110,15 +186,14 @@ def _attention(config: ModelConfig, batch: MicroBatch, *, again: bool) -> int:
     width, tokens = batch.width, batch.tokens
     query = config.heads * head_size(config) * tokens // batch.tensor
     key_value = (config.kv_heads or config.heads) * head_size(config) * tokens // batch.tensor
-    head_norms = _head_norms(config, batch, query, key_value) if config.qk_norm else 0
+    copied = not again and (batch.context > 1 or (batch.packed and batch.samples > 1))
+    head_norms = _head_norms(config, batch, query, key_value, copied=copied) if config.qk_norm else 0
     if again:
         made = query + key_value if config.qk_norm else _gathered_queries(config, batch, query)
         return head_norms + width * (made + (query + 2 * key_value) + query)
     rotated = config.position is Position.rope or config.qk_norm
-    if batch.context > 1:
+    if copied:
         kept = query + 2 * key_value * batch.context
-    elif batch.packed and batch.samples > 1:
-        kept = query + 2 * key_value
     else:
         made = query + key_value if rotated else _gathered_queries(config, batch, query)
         kept = made + query + 2 * key_value
@@ -134,24 +209,32 @@ def _gathered_queries(config: ModelConfig, batch: MicroBatch, query: int) -> int
     return query if 1 < groups < config.heads // batch.tensor else 0
 
 
-def _head_norms(config: ModelConfig, batch: MicroBatch, query: int, key_value: int) -> int:
-    if batch.fused_norms:
-        return batch.width * query
-    inner = 2 * max(4, batch.width)
-    own = 0 if batch.width >= 4 else 4 * key_value  # keys are a view of the projection, unless they become fp32
-    return inner * query + inner // 2 * key_value + own
+def _head_norms(config: ModelConfig, batch: MicroBatch, query: int, key_value: int, *, copied: bool) -> int:
+    """Keys are a view of the projection, which is kept for that even where attention takes a copy of the values; unless
+    they become fp32 first."""
+    exact = max(4, batch.width)
+    normed = 0 if batch.fused_norms or _is_frozen(config) else exact * (query + key_value)
+    if batch.width < 4 and not batch.fused_norms:
+        return exact * (query + key_value) + normed
+    projection = query + 2 * key_value if copied else 0
+    return batch.width * (_gathered_queries(config, batch, query) + projection) + normed
 
 
 def _experts(config: ModelConfig, batch: MicroBatch) -> int:
     moe = config.moe
     copies = batch.tokens * moe.top_k
     width = moe.ffn_hidden_size or config.ffn_hidden_size
-    expert = _inner(config, width, batch) + batch.width * width // batch.tensor  # also weighed by its score
+    product = batch.width * width // batch.tensor  # weighed by its score, it is another one
+    expert = _inner(config, width, batch) + product
     router = batch.between * (8 * moe.experts + 12 * moe.top_k + 20)
-    if batch.width < 4:
-        router += 4 * config.hidden_size * batch.between  # its input in fp32
     shared = _inner(config, moe.shared_ffn_hidden_size or 0, batch) * batch.tokens
-    return copies * (batch.width * config.hidden_size + expert + 28) + router + shared
+    if _is_frozen(config):
+        expert -= product
+        shared -= batch.width * (moe.shared_ffn_hidden_size or 0) // batch.tensor * batch.tokens
+    else:
+        expert += batch.width * config.hidden_size
+        router += 4 * config.hidden_size * batch.between if batch.width < 4 else 0  # its input in fp32
+    return copies * (expert + 28) + router + shared
 
 
 def _inner(config: ModelConfig, width: int, batch: MicroBatch) -> int:

@@ -42,31 +42,38 @@ def projections(config: ModelConfig, linear: str) -> Fused | None:
     """Those of a matrix by the name of its module, `linear_qkv`; None for a matrix that gets no adapters."""
     hidden, ffn = config.hidden_size, config.ffn_hidden_size
     head, groups = config.head_size or hidden // config.heads, config.kv_heads or config.heads
-    query, key, value = (
-        Projection(name=f"{name}_proj", inputs=hidden, outputs=heads * head)
-        for name, heads in (("q", config.heads), ("k", groups), ("v", groups))
-    )
-    gate, up = (Projection(name=name, inputs=hidden, outputs=ffn) for name in ("gate_proj", "up_proj"))
-    return {
-        "linear_qkv": Fused(parts=(query, key, value), turns=groups),
-        "linear_q": Fused(parts=(query,)),
-        "linear_kv": Fused(parts=(key, value), turns=config.heads),
-        "linear_proj": Fused(parts=(Projection(name="o_proj", inputs=config.heads * head, outputs=hidden),)),
-        "linear_fc1": Fused(parts=(gate, up) if config.activation.gated else (up,)),
-        "linear_fc2": Fused(parts=(Projection(name="down_proj", inputs=ffn, outputs=hidden),)),
-    }.get(linear)
+
+    def made(name: str, outputs: int, inputs: int = hidden) -> Projection:
+        return Projection(name=f"{name}_proj", inputs=inputs, outputs=outputs)
+
+    match linear:
+        case "linear_qkv":
+            parts = made("q", config.heads * head), made("k", groups * head), made("v", groups * head)
+            return Fused(parts=parts, turns=groups)
+        case "linear_q":
+            return Fused(parts=(made("q", config.heads * head),))
+        case "linear_kv":
+            return Fused(parts=(made("k", groups * head), made("v", groups * head)), turns=config.heads)
+        case "linear_proj":
+            return Fused(parts=(made("o", hidden, config.heads * head),))
+        case "linear_fc1":
+            return Fused(parts=(made("gate", ffn), made("up", ffn)) if config.activation.gated else (made("up", ffn),))
+        case "linear_fc2":
+            return Fused(parts=(made("down", hidden, ffn),))
+    return None
 
 
 def targets(config: ModelConfig) -> tuple[str, ...]:
     """The projections that get an adapter."""
     if config.lora.rank is None:
         return ()
-    return tuple(config.lora.targets) or tuple(name for name in TARGETS if name in _legal(config))
+    return tuple(config.lora.targets) or _legal(config)
 
 
 def adapted(config: ModelConfig, linear: str) -> tuple[Projection, ...]:
     """Those of a matrix that get an adapter, in the order of their rows."""
-    found, wanted = projections(config, linear), targets(config)
+    wanted = targets(config)
+    found = projections(config, linear) if wanted else None
     return () if found is None else tuple(part for part in found.parts if part.name in wanted)
 
 
@@ -118,6 +125,5 @@ def problems(config: ModelConfig) -> Iterator[Problem]:
 
 
 def _legal(config: ModelConfig) -> tuple[str, ...]:
-    linears = BLOCK[:2] if config.moe.experts else BLOCK
-    found = {part.name for linear in linears if (fused := projections(config, linear)) for part in fused.parts}
-    return tuple(name for name in TARGETS if name in found)
+    names = TARGETS[:4] if config.moe.experts else TARGETS
+    return tuple(name for name in names if name != "gate_proj" or config.activation.gated)

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from model.config import Classified, ModelConfig, Norm, Position
+from model.families import begins_anew
 from model.mup import learning_rate_factor, width
+from model.projections import ROW_PARALLEL, A, B, adapted, is_adapter
 from model.size import has_experts, head_size
 from parallel.config import OptimizerConfig
 from parallel.memory import Size
@@ -27,6 +29,8 @@ class Shape:
     """Whether tensor ranks share it."""
     is_expert: bool = False
     learning_rate_factor: float = 1.0
+    is_frozen: bool = False
+    """Whether adapters leave it as it is."""
 
     def size(self, tensor: int, optimizer: OptimizerConfig) -> Size:
         """What memory depends on, on one of some tensor ranks."""
@@ -36,7 +40,7 @@ class Shape:
             elements=elements // tensor if self.is_cut else elements,
             group=f"{is_matrix} {own}",
             is_expert=self.is_expert,
-            is_frozen=is_frozen(self.name, optimizer),
+            is_frozen=self.is_frozen or is_frozen(self.name, optimizer),
             whole_elements=elements,
             state_elements=state_words(self.name, self.whole, optimizer),
         )
@@ -55,6 +59,11 @@ def chunk_shapes(
     """The parameters of consecutive layers on one expert rank, with the embedding on the `first` chunk and the final
     norm and output layer on the `last`."""
     shapes = _chunk(config, layers, vocabulary_size, expert, first, last, sequence_length)
+    if config.lora.rank is not None:
+        shapes = (
+            shape if is_adapter(shape.name) or begins_anew(config, shape.name) else replace(shape, is_frozen=True)
+            for shape in shapes
+        )
     if width(config) == 1:
         yield from shapes
         return
@@ -99,16 +108,18 @@ def _block(config: ModelConfig, layer: int, expert: int) -> Iterator[Shape]:
     yield Shape(name=f"{name}.self_attention.linear_proj.weight", whole=(hidden, query))
     if config.linear_bias:
         yield Shape(name=f"{name}.self_attention.linear_proj.bias", whole=(hidden,), is_cut=False)
+    yield from _adapters(config, f"{name}.self_attention.linear_proj")
     yield Shape(name=f"{name}.self_attention.linear_qkv.weight", whole=(heads, hidden))
     if config.attention_bias or config.linear_bias:
         yield Shape(name=f"{name}.self_attention.linear_qkv.bias", whole=(heads,))
+    yield from _adapters(config, f"{name}.self_attention.linear_qkv")
     if config.qk_norm:
         for part in "qk":
             norm = f"{name}.self_attention.{part}_layernorm.weight"
             yield Shape(name=norm, whole=(head_size(config),), is_cut=False)
     yield from _norm(config, f"{name}.pre_mlp_layernorm", hidden)
     if not has_experts(config, layer):
-        yield from _mlp(config, f"{name}.mlp", config.ffn_hidden_size)
+        yield from _mlp(config, f"{name}.mlp", config.ffn_hidden_size, has_adapters=True)
         return
     moe = config.moe
     yield Shape(name=f"{name}.mlp.router.weight", whole=(moe.experts, hidden), is_cut=False)
@@ -119,14 +130,30 @@ def _block(config: ModelConfig, layer: int, expert: int) -> Iterator[Shape]:
         yield from _mlp(config, f"{name}.mlp.shared_experts", moe.shared_ffn_hidden_size)
 
 
-def _mlp(config: ModelConfig, name: str, width: int, *, is_expert: bool = False) -> Iterator[Shape]:
+def _mlp(
+    config: ModelConfig, name: str, width: int, *, is_expert: bool = False, has_adapters: bool = False
+) -> Iterator[Shape]:
     into = width * (2 if config.activation.gated else 1)
     yield Shape(name=f"{name}.linear_fc1.weight", whole=(into, config.hidden_size), is_expert=is_expert)
     if config.linear_bias:
         yield Shape(name=f"{name}.linear_fc1.bias", whole=(into,))
+    if has_adapters:
+        yield from _adapters(config, f"{name}.linear_fc1")
     yield Shape(name=f"{name}.linear_fc2.weight", whole=(config.hidden_size, width), is_expert=is_expert)
     if config.linear_bias:
         yield Shape(name=f"{name}.linear_fc2.bias", whole=(config.hidden_size,), is_cut=False)
+    if has_adapters:
+        yield from _adapters(config, f"{name}.linear_fc2")
+
+
+def _adapters(config: ModelConfig, name: str) -> Iterator[Shape]:
+    """Those on a matrix: of one that is cut by its inputs A is cut so, of another B by its outputs."""
+    linear, rank = name.rpartition(".")[2], config.lora.rank
+    for part in adapted(config, linear):
+        assert rank is not None
+        is_row = linear in ROW_PARALLEL
+        yield Shape(name=f"{name}.{part.name}.{A}", whole=(rank, part.inputs), is_cut=is_row)
+        yield Shape(name=f"{name}.{part.name}.{B}", whole=(part.outputs, rank), is_cut=not is_row)
 
 
 def _norm(config: ModelConfig, name: str, hidden: int) -> Iterator[Shape]:

@@ -1,14 +1,27 @@
 """What an estimate asks of a model over and over, computed once. Imports without torch."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from model.config import ModelConfig
+from model.projections import BLOCK, ROW_PARALLEL, adapted
 from model.shapes import Shape, chunk_shapes
 from model.size import flops_per_token, has_experts, head_size, parameter_count
 from parallel.config import OptimizerConfig
 from parallel.memory import Size
+from parallel.rules import is_frozen
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter:
+    """On a frozen matrix."""
+
+    inputs: int
+    outputs: int
+    is_row: bool
+    """Whether tensor ranks cut the matrix by its inputs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +44,7 @@ class Work:
     fused_inner: int
     rotated: int
     """Elements of queries and keys that are turned."""
+    adapters: Sequence[Adapter] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,6 +61,8 @@ class Facts:
     """Of a block with an MLP (False) or with experts (True), where the model has such."""
     flops: dict[bool, float]
     """Of a token, counted causal (True) or full."""
+    parameters: dict[bool, int]
+    """Trained (True) and frozen."""
     sizes: dict[int, dict[Shape, Size]] = field(default_factory=dict)
     """What parameters were found to be on one of so many tensor ranks; filled while they are asked for."""
 
@@ -67,6 +83,7 @@ class Facts:
             sequence_length=sequence_length,
             optimizer=optimizer or OptimizerConfig(),
             mixtures_before=(0, *accumulate(map(int, kinds))),
+            parameters=_parameters(model, vocabulary_size, sequence_length, optimizer),
             work={experts: _work(model, experts) for experts in set(kinds)},
             flops={
                 causal: flops_per_token(model, vocabulary_size, sequence_length, causal=causal)
@@ -78,21 +95,38 @@ class Facts:
         """How many of consecutive layers have experts."""
         return self.mixtures_before[layers.stop] - self.mixtures_before[layers.start]
 
+    def blocks(self, *, experts: bool) -> int:
+        """How many of all layers have experts, or have none."""
+        return self.mixtures_before[-1] if experts else self.model.layers - self.mixtures_before[-1]
+
 
 def unknown(model: ModelConfig, vocabulary_size: int) -> str | None:
     """What the arithmetic does not know of a model yet, in words; None where it knows all of it."""
-    if model.lora.rank is not None:
-        return "model.lora"
     if model.attention_softcap is not None:
         return "model.attention_softcap"
     if model.parallel_residual:
         return "model.parallel_residual"
-    whole = chunk_shapes(
-        model, range(model.layers), vocabulary_size=vocabulary_size, expert=1, first=True, last=True, sequence_length=1
-    )
-    counted = sum(math.prod(shape.whole) for shape in whole)
-    same = counted == parameter_count(model, vocabulary_size, 1)
+    same = sum(_parameters(model, vocabulary_size, 1).values()) == parameter_count(model, vocabulary_size, 1)
     return None if same else f"all parameters of the family {model.family}"
+
+
+def _parameters(
+    model: ModelConfig, vocabulary_size: int, sequence_length: int, optimizer: OptimizerConfig | None = None
+) -> dict[bool, int]:
+    """Of the whole model, those that are trained (True) and those that are not."""
+    found = {True: 0, False: 0}
+    for shape in chunk_shapes(
+        model,
+        range(model.layers),
+        vocabulary_size=vocabulary_size,
+        expert=1,
+        first=True,
+        last=True,
+        sequence_length=sequence_length,
+    ):
+        frozen = shape.is_frozen or (optimizer is not None and is_frozen(shape.name, optimizer))
+        found[not frozen] += math.prod(shape.whole)
+    return found
 
 
 def _work(model: ModelConfig, experts: bool) -> Work:
@@ -116,4 +150,9 @@ def _work(model: ModelConfig, experts: bool) -> Work:
         inner=passed * ((7 if gated else 2) + (3 if experts else 0)) + (8 * hidden * moe.top_k if experts else 0),
         fused_inner=passed * (3 if gated else 2) + (6 * hidden * moe.top_k if experts else 0),
         rotated=query + key_value,
+        adapters=tuple(
+            Adapter(inputs=part.inputs, outputs=part.outputs, is_row=linear in ROW_PARALLEL)
+            for linear in (BLOCK[:2] if experts else BLOCK)
+            for part in adapted(model, linear)
+        ),
     )

@@ -52,10 +52,10 @@ def _stages(setting: Setting) -> list[tuple[Mapping[str, int], int, int, int]]:
     """What a rank of each stage holds all the time, and its activations, logits and buffers besides."""
     layout, model, facts, batch = setting.layout, setting.model, setting.facts, setting.micro_batch
     working, last = _working(setting), layout.pipeline - 1
-    known: dict[tuple[int, int], int] = {}
+    known: dict[tuple[int, int, bool], int] = {}
     seen, found = set(), []
     for stage, (chunks, state) in enumerate(zip(stage_chunks(model.layers, layout), state_bytes(setting), strict=True)):
-        kinds = tuple((len(layers), facts.mixtures(layers)) for layers in chunks)
+        kinds = tuple((len(layers), facts.mixtures(layers), layers.start == 0) for layers in chunks)
         if stage not in (0, last) and kinds in seen:
             continue  # later stages with the same layers have fewer micro-batches under way
         if stage:
@@ -107,10 +107,11 @@ def _state(
 ) -> list[dict[str, int]]:
     averaged = facts.optimizer.average_decay is not None
     sharing = Sharing(ranks=ranks, expert_ranks=ranks // degrees[1], tensor_ranks=degrees[0])
-    found: dict[tuple[int, int], dict[str, int]] = {}
+    found: dict[tuple[int, int, int], dict[str, int]] = {}
     stages = []
     for sizes in _shapes(facts, degrees, split):
-        key = (len(sizes), sum(size.elements for size in sizes))  # stages of one shape hold the same
+        frozen = sum(size.elements for size in sizes if size.is_frozen)
+        key = (len(sizes), sum(size.elements for size in sizes), frozen)  # stages of one shape hold the same
         if key not in found:
             held = predicted(sizes, mechanism=how, width=width, sharing=sharing, offload=offload, averaged=averaged)
             gathered = width * min(key[1], LIVE_WEIGHTS) if how.stage == 3 else 0

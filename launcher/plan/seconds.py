@@ -5,6 +5,8 @@
   doi:10.1145/1498765.1498785). A backward pass costs two forward passes, attention's two and a half, because it
   recomputes its scores (Dao, 2023, arXiv:2307.08691). Recomputation adds a forward pass (Chen et al., 2016,
   arXiv:1604.06174), `selective` attention's alone (Korthikanti et al., 2022, arXiv:2205.05198).
+- A frozen matrix costs its backward pass one forward pass, for it has no gradient of its own. An adapter on it is two
+  narrow products, which cost what they read and write.
 - A ring moves (n - 1) / n of the bytes over the slowest link (Patarasuk and Yuan, 2009,
   doi:10.1016/j.jpdc.2008.09.002); ranks of a group that share a node share its adapters.
 - Tensor parallelism gathers and scatters the hidden states four times a block and pass (Shoeybi et al., 2019,
@@ -33,8 +35,24 @@ HIDEABLE = 0.8
 UPDATE_BYTES = 60
 """Bytes that an update reads and writes for an element: gradient twice more for its norm and clipping, master, moments,
 weight, in passes of their own."""
+ADAPTER_KERNELS = 0.1
+"""Of the kernels that a block starts, those that each adapter adds: 29 and 64 in the two passes of a plain block, 51
+and 104 with seven adapters."""
 HOST_BYTES_PER_SECOND = 20e9
 """Rate at which a host steps one rank's part of what is offloaded."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Block:
+    """One micro-batch in one block."""
+
+    forward: float
+    backward: float
+    """But for what is computed again."""
+    attention: float
+    """Its part of the forward pass."""
+    exposed: float
+    """Communication of a forward pass that nothing hides."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,9 +114,7 @@ def _stages(setting: Setting) -> list[Passes]:
     return found
 
 
-def _stage(
-    setting: Setting, kinds: Sequence[tuple[int, int]], blocks: Mapping[bool, tuple[float, float, float]], *, last: bool
-) -> Passes:
+def _stage(setting: Setting, kinds: Sequence[tuple[int, int]], blocks: Mapping[bool, _Block], *, last: bool) -> Passes:
     """Of one micro-batch, all chunks of a stage: how many layers each has, and how many of them with experts."""
     recompute = setting.layout.recompute
     forward = backward = exposed = 0.0
@@ -109,21 +125,20 @@ def _stage(
         for experts, number in ((True, mixtures), (False, length - mixtures)):
             if not number:
                 continue
-            ahead, attention, sent = blocks[experts]
+            block = blocks[experts]
             full = recompute.mode is Recompute.full
-            again = ahead if full else attention if recompute.mode is Recompute.selective else 0.0
-            forward += number * ahead
-            backward += number * (2 * ahead + 0.5 * attention + share * again)
-            exposed += number * (2 + share * full) * sent
+            again = block.forward if full else block.attention if recompute.mode is Recompute.selective else 0.0
+            forward += number * block.forward
+            backward += number * (block.backward + share * again)
+            exposed += number * (2 + share * full) * block.exposed
     if last:
-        output = _output(setting)
-        forward += output / 3
-        backward += output * 2 / 3
+        ahead, back = _output(setting)
+        forward += ahead
+        backward += back
     return Passes(forward=forward, backward=backward, exposed=exposed)
 
 
-def _block(setting: Setting, work: Work, experts: bool) -> tuple[float, float, float]:
-    """A block's forward pass, attention's part in it, and the communication that nothing hides."""
+def _block(setting: Setting, work: Work, experts: bool) -> _Block:
     machine, batch = setting.hardware, setting.micro_batch
     share = machine.efficiency
     peak = setting.hardware.peak(setting.matrix_precision or setting.precision.value)
@@ -136,9 +151,31 @@ def _block(setting: Setting, work: Work, experts: bool) -> tuple[float, float, f
     fused = setting.software.fused
     inner, heads = (work.fused_inner, 2 * work.rotated) if fused else (work.inner, 8 * work.rotated)
     moved = 10 * setting.model.hidden_size * batch.between + (inner + heads) * batch.tokens / batch.tensor
-    memory = moved * batch.width / (machine.memory_bytes_per_second * share.memory)
-    ahead = max(matrices + attention + memory, setting.software.block_seconds)
-    return ahead, attention, _within_block(setting, work, experts)
+    moving = batch.width / (machine.memory_bytes_per_second * share.memory)
+    total = matrices + attention + moved * moving
+    least = setting.software.block_seconds * (1 + ADAPTER_KERNELS * len(work.adapters))
+    frozen = matrices if setting.model.lora.rank is not None else 0.0
+    ahead, back = (elements * moving for elements in _moved_by_adapters(setting, work))
+    return _Block(
+        forward=max(total + ahead, least),
+        backward=max(2 * total - frozen + back, 2 * least) + 0.5 * attention,
+        attention=attention,
+        exposed=_within_block(setting, work, experts),
+    )
+
+
+def _moved_by_adapters(setting: Setting, work: Work) -> tuple[float, float]:
+    """Elements that the adapters of a block read and write. Forward: what A reads; what B gives, that of several
+    projections put side by side, scaled, and added to what the matrix gave. Backward: the gradient scaled and read by
+    both products; what A read once more, and its gradient added to that of the matrix."""
+    batch = setting.micro_batch
+    ahead = back = 0.0
+    for adapter in work.adapters:
+        read = adapter.inputs * (batch.tokens / batch.tensor if adapter.is_row else batch.between)
+        given = adapter.outputs * (batch.between if adapter.is_row else batch.tokens / batch.tensor)
+        ahead += read + (6 if adapter.is_row else 8) * given
+        back += 5 * read + 4 * given
+    return ahead, back
 
 
 def _within_block(setting: Setting, work: Work, experts: bool) -> float:
@@ -149,6 +186,8 @@ def _within_block(setting: Setting, work: Work, experts: bool) -> float:
     if layout.tensor > 1:
         # Two gathers and two scatters, or two all-reduces, which are both.
         found += 4 * software.tensor * ring_seconds(setting, hidden, layout.tensor, 1)
+        low = batch.width * batch.tokens * (setting.model.lora.rank or 0)
+        found += len(work.adapters) * ring_seconds(setting, low, layout.tensor, 1)
     if layout.context > 1:
         gathered = 2 * batch.width * batch.tokens * layout.context * work.key_value / layout.tensor
         found += software.context * ring_seconds(setting, gathered, layout.context, layout.tensor)
@@ -158,15 +197,16 @@ def _within_block(setting: Setting, work: Work, experts: bool) -> float:
     return found
 
 
-def _output(setting: Setting) -> float:
+def _output(setting: Setting) -> tuple[float, float]:
     """Output layer and cross-entropy of one micro-batch, forward and backward."""
     batch, machine = setting.micro_batch, setting.hardware
     logits = batch.tokens * setting.vocabulary_size / batch.tensor
-    matrices = 6 * logits * setting.model.hidden_size / (machine.peak(setting.precision.value) * 0.9)
+    matrix = 2 * logits * setting.model.hidden_size / (machine.peak(setting.precision.value) * 0.9)
+    matrix /= machine.efficiency.matrices
     passes = 4 * 8 + batch.width * 3  # logits in fp32 read and written some four times, in their own format thrice
-    return matrices / machine.efficiency.matrices + logits * passes / (
-        machine.memory_bytes_per_second * machine.efficiency.memory
-    )
+    memory = logits * passes / (machine.memory_bytes_per_second * machine.efficiency.memory)
+    learns = setting.model.lora.rank is None
+    return matrix + memory / 3, (2 if learns else 1) * matrix + memory * 2 / 3
 
 
 def _sent(setting: Setting) -> float:
@@ -186,9 +226,10 @@ def _data(setting: Setting, slowest: Passes) -> float:
     if ranks == 1:
         return 0.0
     how = mechanism(layout, tied=model.tie_embeddings, sharers=ranks, optimizer=setting.facts.optimizer.name)
-    elements = stage_elements(setting)
-    gradients = ring_seconds(setting, setting.software.gradient_width * elements, ranks, layout.tensor)
-    weights = ring_seconds(setting, setting.width * elements, ranks, layout.tensor)
+    trained = trained_elements(setting)
+    gathered = stage_elements(setting) if how.stage == 3 else trained
+    gradients = ring_seconds(setting, setting.software.gradient_width * trained, ranks, layout.tensor)
+    weights = ring_seconds(setting, setting.width * gathered, ranks, layout.tensor)
     count = setting.micro_batches
     # Interleaved, as many micro-batches as there are stages pass a chunk before the next one's turn: the first chunks'
     # weights are needed, and the last chunks' gradients are there, that many passes before the others.
@@ -212,16 +253,32 @@ def stage_elements(setting: Setting) -> float:
     layout, model, facts = setting.layout, setting.model, setting.facts
     matrices = 0.0
     for experts, work in facts.work.items():
-        number = facts.mixtures_before[-1] if experts else model.layers - facts.mixtures_before[-1]
-        matrices += number * (work.held + work.held_in_experts / layout.expert)
+        matrices += facts.blocks(experts=experts) * (work.held + work.held_in_experts / layout.expert)
     ends = (1 if model.tie_embeddings else 2) * setting.vocabulary_size * model.hidden_size
-    return (matrices / layout.pipeline + ends / min(2, layout.pipeline)) / layout.tensor
+    own = (matrices / layout.pipeline + ends / min(2, layout.pipeline)) / layout.tensor
+    return own if model.lora.rank is None else own + _adapter_elements(setting)
+
+
+def trained_elements(setting: Setting) -> float:
+    """Those of them that are trained."""
+    return stage_elements(setting) if setting.model.lora.rank is None else _adapter_elements(setting)
+
+
+def _adapter_elements(setting: Setting) -> float:
+    """Of a factor that is not cut every tensor rank has the whole."""
+    layout, facts = setting.layout, setting.facts
+    found = 0.0
+    for experts, work in facts.work.items():
+        for adapter in work.adapters:
+            cut, whole = (adapter.inputs, adapter.outputs) if adapter.is_row else (adapter.outputs, adapter.inputs)
+            found += facts.blocks(experts=experts) * (cut / layout.tensor + whole)
+    return found * (setting.model.lora.rank or 0) / layout.pipeline
 
 
 def _update(setting: Setting) -> float:
     """Norm, clipping and AdamW on this rank's part."""
     layout, machine = setting.layout, setting.hardware
-    elements = stage_elements(setting)
+    elements = trained_elements(setting)
     if layout.zero_stage:
         elements /= setting.data * layout.context
     if layout.offload:

@@ -6,7 +6,6 @@ from typing import Any
 from launcher.plan.estimate import Estimate
 from launcher.plan.search import Judged, Plan
 from launcher.plan.setting import Setting
-from model.size import parameter_count
 from parallel.common.units import format_bytes, format_count
 from parallel.config import ParallelConfig
 
@@ -55,8 +54,10 @@ def reason(judged: Judged, best: Judged) -> str:
 def lines(plan: Plan, setting: Setting, tokens: int | None) -> Iterator[str]:
     """The plan as text, line by line."""
     nodes = f"{setting.ranks // setting.node_ranks} x {setting.node_ranks}"
-    parameters = format_count(parameter_count(setting.model, setting.vocabulary_size, setting.sequence_length))
-    yield f"{parameters} parameters on {nodes} {setting.hardware.name}, {setting.precision.value}"
+    parameters = setting.facts.parameters
+    trained = f", {format_count(parameters[True])} of them trained," if parameters[False] else ""
+    machine = f"{nodes} {setting.hardware.name}, {setting.precision.value}"
+    yield f"{format_count(sum(parameters.values()))} parameters{trained} on {machine}"
     batch = f"{setting.global_batch_size:,} samples of {setting.sequence_length:,} tokens a step"
     yield f"{batch}; {plan.tried:,} layouts judged"
     yield ""
@@ -133,6 +134,8 @@ def as_dict(plan: Plan, setting: Setting, tokens: int | None) -> dict[str, Any]:
         "hardware": setting.hardware.name,
         "nodes": setting.ranks // setting.node_ranks,
         "gpus_per_node": setting.node_ranks,
+        "trained_parameters": setting.facts.parameters[True],
+        "frozen_parameters": setting.facts.parameters[False],
         "tried": plan.tried,
         "best": [_judged(judged, tokens) for judged in plan.best],
         "asked": [

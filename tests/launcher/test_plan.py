@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,14 @@ import yaml
 from benchmarks.planner import error, rows
 from launcher import cli
 from launcher import config as configuration
+from launcher.plan.facts import Facts
 from launcher.plan.hardware import load, names
+from launcher.plan.seconds import stage_elements, trained_elements
+from launcher.plan.setting import Setting
+from launcher.plan.stages import stage_shapes
+from model.config import LoraConfig
 from parallel.common.errors import UserError
+from parallel.config import OptimizerConfig, ParallelConfig, Precision
 from tests.launcher.tiny import ROOT, environment
 
 RUN = ["train.sequence_length=8192", "train.tokens=1T", "model.vocabulary_size=128256"]
@@ -156,3 +163,57 @@ def test_it_imports_no_torch() -> None:
     program = "import sys; from launcher.verbs import plan; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-P", "-c", program], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+LORA = "model.lora.rank=16"
+
+
+def test_adapters_fit_where_their_model_cannot_be_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 70 B parameters one accelerator of a node of eight holds an eighth of the weights, and no state of them."""
+    found = planned(tmp_path, "llama-70b", 1, LORA, batch=64)
+    # 16 (inputs + outputs) of queries and output, of keys and values, of gate, up and down, in each of 80 layers.
+    adapters = 80 * 16 * (2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672))
+    assert found["trained_parameters"] == adapters
+    assert f"{found['frozen_parameters'] / 1e9:.3g}" == "70.6"
+    assert "of them trained" in capsys.readouterr().out
+    best = found["best"][0]
+    state = best["bytes"]["masters and moments"] + best["bytes"]["gradients"]
+    assert state < 16 * adapters < best["bytes"]["weights"]
+
+
+def test_adapters_cost_four_operations_a_frozen_parameter(tmp_path: Path) -> None:
+    one = ["parallel.tensor=4", "parallel.zero_stage=1", "train.micro_batch_size=1"]
+    lora = [LORA, "model.lora.targets=[q_proj, v_proj]"]
+    whole, adapted = (planned(tmp_path, "llama-8b", 1, *one, *more, batch=32) for more in ([], lora))
+    whole, adapted = (next(one for one in plan["asked"] if one["name"] == "as configured") for plan in (whole, adapted))
+    # Of a whole model's 6 of a parameter and 6 x 32 x 2 x 128 x length of a layer's attention, half of it causal.
+    matrices, attention, adapters = 7.5e9, 32 * 6 * 32 * 2 * 128 * 8192 / 2, 6.8e6
+    fewer = (4 * matrices + 6 * adapters + attention) / (6 * matrices + attention)
+    utilisation = [one["mfu_causal"] * one["step_seconds"] for one in (adapted, whole)]
+    assert utilisation[0] / utilisation[1] == pytest.approx(fewer, rel=0.01)
+    assert 2 / 3 < adapted["step_seconds"] / whole["step_seconds"] < 0.9
+    assert adapted["seconds"]["optimizer"] < 0.02 * whole["seconds"]["optimizer"]
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 4}, {"pipeline": 4, "tensor": 2}], ids=str)
+def test_what_is_sent_and_stepped_are_the_parameters_of_a_rank(layout: dict[str, Any]) -> None:
+    model = configuration.load([ROOT / "configs" / "model" / "llama-8b.yaml"]).model
+    for described in (model, replace(model, lora=LoraConfig(rank=16, targets=["q_proj", "v_proj", "down_proj"]))):
+        cut = ParallelConfig(**layout)
+        facts = Facts.of(described, vocabulary_size=128256, sequence_length=8192)
+        stages = stage_shapes(described, cut, vocabulary_size=128256, optimizer=OptimizerConfig())
+        setting = Setting(
+            facts=facts,
+            global_batch_size=8,
+            micro_batch_size=1,
+            layout=cut,
+            ranks=8,
+            node_ranks=8,
+            precision=Precision.bf16,
+            hardware=load("h100"),
+        )
+        found = [size for stage in stages for size in stage]
+        trained = sum(size.elements for size in found if not size.is_frozen) / len(stages)
+        assert trained_elements(setting) == pytest.approx(trained, rel=0.15 if cut.pipeline > 2 else 1e-3)
+        if cut.pipeline == 1:
+            assert stage_elements(setting) == pytest.approx(sum(size.elements for size in found), rel=1e-3)

@@ -17,7 +17,7 @@ from launcher.verify.batches import Traits
 from launcher.verify.measure import Case, batch_of, engine_of
 from launcher.verify.world import run_world
 from model.activations import MicroBatch, chunk_bytes, embedding_bytes, logits_bytes, output_bytes
-from model.config import Activation, Dispatcher, MoeConfig, Norm, Position
+from model.config import Activation, Dispatcher, LoraConfig, MoeConfig, Norm, Position
 from model.layer_context import LayerContext
 from model.specs import Block
 from parallel.config import Recompute, RecomputeConfig
@@ -42,7 +42,8 @@ def kept(case: Case) -> int:
     batch = engine.topology.context.cut(batch_of(case, 0, engine.topology))
     micro_batch = {name: tensor[:SAMPLES] for name, tensor in batch.items()}
     micro_batch["loss_factor"] = torch.ones((), dtype=torch.float64)
-    parameters = {local.parameter.untyped_storage().data_ptr() for local in engine.parameters}
+    held = (*engine.parameters, *engine.frozen)
+    parameters = {local.parameter.untyped_storage().data_ptr() for local in held}
     if not engine.topology.is_first_pipeline_stage:
         config = case.config
         shape = (config.train.sequence_length, SAMPLES, config.model.hidden_size)
@@ -115,7 +116,7 @@ def computed(case: Case, stage: int) -> int:
         ({}, {}, torch.bfloat16, True),
         (GPT2, {}, torch.bfloat16, False),
         ({"dropout": 0.1, "qk_norm": True, "attention_bias": True}, {"tensor": 2}, torch.bfloat16, False),
-        ({"qk_norm": True}, {}, torch.float32, False),
+        ({"qk_norm": True}, {}, torch.float32, True),
         ({"activation": Activation.geglu}, {"tensor": 2, "sequence_parallel": False}, torch.float32, True),
         ({}, {"context": 2}, torch.bfloat16, False),
         ({}, {"context": 2, "tensor": 2}, torch.float32, True),
@@ -152,6 +153,31 @@ def test_computed_is_kept_where_blocks_compute_again(
 ) -> None:
     """Heads together are wider than the hidden states, or no multiple of a power of two."""
     check(case_of(shape, {**layout, "recompute": recompute}, dtype, dtype is torch.bfloat16))
+
+
+@pytest.mark.distributed
+@pytest.mark.truth
+@pytest.mark.parametrize(
+    ("model", "lora", "layout", "dtype", "packed"),
+    [
+        ({}, {}, {}, torch.float32, False),
+        ({}, {"dropout": 0.1}, {"tensor": 2}, torch.bfloat16, True),
+        ({}, {"targets": ["q_proj", "v_proj"]}, {"tensor": 2, "sequence_parallel": False}, torch.bfloat16, True),
+        ({}, {"targets": ["o_proj", "down_proj"]}, {"recompute": SELECTIVE}, torch.float32, True),
+        ({"qk_norm": True, "dropout": 0.1}, {"targets": ["up_proj"]}, {}, torch.float32, True),
+        ({}, {}, {"recompute": replace(FULL, blocks=1), "pipeline": 2}, torch.bfloat16, False),
+        ({}, {}, {"recompute": FULL, "tensor": 2}, torch.bfloat16, True),
+        (GPT2, {}, {"context": 2}, torch.float32, False),
+        ({"moe": MOE}, {}, {"tensor": 2}, torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_computed_is_kept_of_adapters_and_frozen_matrices(
+    model: dict[str, Any], lora: dict[str, Any], layout: dict[str, Any], dtype: torch.dtype, packed: bool
+) -> None:
+    head_size = 24 if dtype is torch.float32 else 40
+    shape = {"hidden_size": 72, "head_size": head_size, "ffn_hidden_size": 104, "lora": LoraConfig(rank=5, **lora)}
+    check(case_of({**shape, **model}, layout, dtype, packed))
 
 
 def case_of(model: dict[str, Any], layout: dict[str, Any], dtype: torch.dtype, packed: bool) -> Case:

@@ -41,6 +41,8 @@ LATENT = {
         (4, torch.float32, {"moe": MOE}, {"zero_stage": 2, "expert": 2}),
         (4, torch.bfloat16, {"moe": MOE}, {"zero_stage": 1, "expert": 2, "tensor": 2}),
         (4, torch.bfloat16, {"tie_embeddings": True, "lora": LoraConfig(rank=3)}, {"zero_stage": 2, "pipeline": 2}),
+        (4, torch.bfloat16, {"lora": LoraConfig(rank=3)}, {"zero_stage": 1, "tensor": 2}),
+        (3, torch.float32, {**ODD, "lora": LoraConfig(rank=5, targets=["v_proj", "o_proj"])}, {"zero_stage": 3}),
         (4, torch.bfloat16, LATENT, {"zero_stage": 1, "expert": 2, "tensor": 2}),
     ],
     ids=str,
