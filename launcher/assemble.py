@@ -24,7 +24,9 @@ from launcher.batches import Batches
 from launcher.blame import node_name
 from launcher.config import RunConfig, WandbMode
 from launcher.display import Display, make_display
+from launcher.evaluation.looks import Looks
 from launcher.evaluation.samples import Samples
+from launcher.evaluation.training_tasks import TrainingTasks, interval
 from launcher.evaluation.validation import Validation
 from launcher.length import batch_sizes, total_steps
 from launcher.machine import known_machine
@@ -71,7 +73,7 @@ class Parts:
     progress: Progress
     preempt: Preempt
     judge: Judge
-    validation: Validation
+    looks: Looks
     logging: Every
     saving: Saving
     checkpoints: Checkpoints
@@ -95,6 +97,7 @@ def assemble(
     train, steps = config.train, total_steps(config)
     store = open_store(config.data)
     topology = Topology.create(config.parallel)
+    looks = _looks(config, store, topology, directory, event)
     rows = vocabulary_size(config, store)
     held_before = process_bytes(topology.device)
     engine = make_engine(
@@ -112,7 +115,7 @@ def assemble(
     saving = Saving(config.checkpoint, total_steps=steps, rank=topology.rank)
     hosts = exchange(node_name())
     several = _hosts() if topology.world_size > 1 else None
-    logging = Every(train.log_every_steps, config.evaluate.every_steps, besides=(1, steps))
+    logging = Every(train.log_every_steps, config.evaluate.every_steps, interval(config), besides=(1, steps))
     judge = _judge(config, engine, loader, progress, event, due=logging.due)
     engine.pulse, engine.refuses, engine.before_update = pulse, judge.refuses, checkpoints.copied
     watching = {"progress": progress, "hosts": hosts, "event": event}
@@ -127,7 +130,7 @@ def assemble(
         progress=progress,
         preempt=preempt,
         judge=judge,
-        validation=_validation(config, store, topology, directory, event),
+        looks=looks,
         logging=logging,
         saving=saving,
         checkpoints=checkpoints,
@@ -203,11 +206,18 @@ def _peak_flops(config: RunConfig, topology: Topology) -> float | None:
     return None if machine is None else machine.peak_flops.get(on_this_machine(config.precision).value)
 
 
-def _validation(
+def _looks(
     config: RunConfig, store: Store, topology: Topology, directory: RunDirectory, event: Callable[..., None]
-) -> Validation:
-    samples = Samples(config, store=store, directory=directory, event=event)
-    return Validation(config, store=store, topology=topology, total_steps=total_steps(config), samples=samples)
+) -> Looks:
+    """What is looked at while it trains."""
+    steps = total_steps(config)
+    return Looks(
+        [
+            Validation(config, store=store, topology=topology, total_steps=steps),
+            Samples(config, store=store, directory=directory, total_steps=steps, event=event),
+            TrainingTasks(config, directory=directory, total_steps=steps, event=event),
+        ]
+    )
 
 
 def _profile(config: RunConfig, directory: RunDirectory, topology: Topology) -> Profile:

@@ -98,8 +98,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TasksConfig:
+    """Tasks that a run asks its model while it trains, as `bloomery evaluate` asks a checkpoint."""
+
+    files: list[str] = field(default_factory=list)
+    """YAML files that describe tasks, with their data beside them."""
+    harness: list[str] = field(default_factory=list)
+    """Tasks of lm-evaluation-harness, by name (needs the extra `eval`)."""
+    include: str | None = None
+    """Directory with more task files of the harness."""
+    few_shot: int | None = None
+    """Examples before each question of the harness; by default what its task says."""
+    limit: int | None = None
+    """Of each task of the harness only the first so many questions."""
+    every_steps: int | None = None
+    """Steps between two times; by default `evaluate.every_steps`. After the last step they are asked too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """Validation loss inside the training loop."""
+    """What is looked at inside the training loop."""
 
     every_steps: int | None = None
     """Steps between two evaluations; by default only `bloomery evaluate` looks at the validation documents."""
@@ -109,6 +127,7 @@ class EvaluateConfig:
     """Texts that the model continues at each evaluation, greedily, into `samples.jsonl` of the run."""
     sample_tokens: int = 32
     """Tokens of each continuation."""
+    tasks: TasksConfig = field(default_factory=TasksConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

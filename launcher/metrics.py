@@ -1,6 +1,6 @@
 """Every number that a run reports, with its unit: the one table.
 
-`launcher.meter` and `launcher.evaluation.validation` fill a record and `metrics.jsonl` keeps it; a test holds the table
+`launcher.meter` and `launcher.evaluation.looks` fill a record and `metrics.jsonl` keeps it; a test holds the table
 and what runs write together. A name that ends in `.*` stands for one name a source or layer. Imports without torch.
 """
 
@@ -27,6 +27,7 @@ METRICS: Mapping[str, Metric] = {
     "z_loss": Metric(unit="squared nats a token", meaning="squared log-normaliser of predictions, without coefficient"),
     "validation_loss_by_source.*": Metric(unit="nats a token", meaning="the same on the validation documents"),
     "validation_z_loss": Metric(unit="squared nats a token", meaning="the same on the validation documents"),
+    "tasks.*": Metric(unit="its own", meaning="a figure of a task of evaluate.tasks: tasks.NAME.FIGURE"),
     "load_balance_loss": Metric(unit="1", meaning="1: experts are used evenly; mean over layers, without coefficient"),
     "router_z_loss": Metric(unit="squared nats a token", meaning="of the routers' scores, without coefficient"),
     "busiest_expert": Metric(unit="1", meaning="the largest router_load of all layers"),

@@ -2,8 +2,10 @@
 
 An extra: `pip install bloomery[tensorboard]`.
 
-After a restart from an older checkpoint the steps behind it are purged, which is TensorBoard's own mechanism, so that
-none stands twice. Without the package the run goes on and says once what is missing.
+Figures that `bloomery evaluate` finds stand in `tensorboard/evaluate`, as a run beside it: whenever it is called, the
+training's own files are let alone. After a restart from an older checkpoint the steps behind it are purged, which is
+TensorBoard's own mechanism, so that none stands twice. Without the package the run goes on and says once what
+is missing.
 """
 
 import logging
@@ -34,21 +36,26 @@ class TensorBoard:
 
     def log(self, progress: Progress, record: Mapping[str, Any]) -> None:
         """Adds a point to each curve."""
-        self._try(lambda: self._add(record))
+        self._try(lambda: self._points(record["step"], record, purge=True))
 
     def event(self, event: Mapping[str, Any], place: int) -> None:
         """Events are no curves."""
+
+    def figures(self, step: int, found: Mapping[str, Mapping[str, Any]]) -> None:
+        """Points of tasks, that may be asked of any step at any time: nothing is purged."""
+        numbers = {name: value for name, value in flat(found).items() if isinstance(value, float)}
+        self._try(lambda: self._points(step, {"tasks": numbers}, purge=False))
 
     def close(self, exit_code: int) -> None:
         """Writes what is left."""
         if self._writer is not None:
             self._try(self._writer.close)
 
-    def _add(self, record: Mapping[str, Any]) -> None:
-        step = record["step"]
+    def _points(self, step: int, record: Mapping[str, Any], *, purge: bool) -> None:
         if self._writer is None:
             assert SummaryWriter is not None
-            self._writer = SummaryWriter(str(self._directory), purge_step=step, flush_secs=30)
+            first = step if purge else None
+            self._writer = SummaryWriter(str(self._directory), purge_step=first, flush_secs=30)
         for name, value in flat(record).items():
             if isinstance(value, int | float):
                 self._writer.add_scalar(name.replace(".", "/"), value, step)

@@ -64,8 +64,8 @@ def take_steps(parts: Parts, records: Records) -> None:
         parts.meter.add(result)
         if parts.logging.due(step):
             record = parts.meter.summarise(parts.progress, batch, result)
-            if parts.validation.due(step):
-                record |= parts.meter.timed("evaluate", parts.validation.loss, parts.engine, step)
+            if parts.looks.due(step):
+                record |= parts.meter.timed("evaluate", parts.looks.take, parts.engine, step)
             parts.tracker.log(parts.progress, record)
         if parts.saving.due(step) or stop:
             parts.meter.timed("save", save, parts, result, records)
@@ -82,7 +82,7 @@ def save(parts: Parts, result: StepResult, records: Records) -> None:
     parts.checkpoints.save(
         step,
         parts.participants,
-        metrics={**({} if loss is None else {"loss": loss}), **parts.validation.at(step)},
+        metrics={**({} if loss is None else {"loss": loss}), **parts.looks.at(step)},
         committed=partial(records.saved, step=step),
     )
     parts.saving.saved()

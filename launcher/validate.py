@@ -38,6 +38,7 @@ _POSITIVE = (
     "model.moe.shared_ffn_hidden_size",
     "train.steps", "train.global_batch_size", "train.micro_batch_size", "train.sequence_length",
     "train.log_every_steps", "train.profile_start_step", "train.profile_stop_step", "evaluate.sample_tokens",
+    "evaluate.tasks.every_steps", "evaluate.tasks.limit",
     "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context", "parallel.expert",
     "parallel.recompute.blocks", "optimizer.learning_rate", "optimizer.eps",
     "optimizer.schedule.decay_steps", "optimizer.muon.iterations", "optimizer.adafactor.min_scale",

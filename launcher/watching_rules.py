@@ -1,8 +1,10 @@
 """The rules of what is looked at while a run trains. Imports without torch."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from launcher.config import RunConfig
+from launcher.evaluation.task import described
 from launcher.plan.hardware import load
 from model import families
 from model.config import ObjectiveName
@@ -13,7 +15,7 @@ _CONTINUED = (ObjectiveName.causal_lm, ObjectiveName.answers)
 
 
 def watching_problems(config: RunConfig, ranks: int) -> Iterator[Problem]:
-    """Profiles, samples, and what the run is held against."""
+    """Profiles, samples, tasks, and what the run is held against."""
     train = config.train
     start, stop = train.profile_start_step, train.profile_stop_step
     if stop is not None and (start is None or stop < start):
@@ -23,12 +25,32 @@ def watching_problems(config: RunConfig, ranks: int) -> Iterator[Problem]:
         yield Problem(key="train.profile_ranks", got=list(train.profile_ranks), legal=f"ranks from 0 to {ranks - 1}")
     if config.evaluate.prompts:
         yield from _samples(config)
+    yield from _tasks(config)
     if config.tracking.hardware is not None:
         try:
             load(config.tracking.hardware)
         except UserError as error:
             legal = f"a name under configs/hardware or a file such as theirs ({str(error).rstrip('.')})"
             yield Problem(key="tracking.hardware", got=config.tracking.hardware, legal=legal)
+
+
+def _tasks(config: RunConfig) -> Iterator[Problem]:
+    tasks = config.evaluate.tasks
+    named = [*tasks.files, *tasks.harness]
+    if named and (tasks.every_steps or config.evaluate.every_steps) is None:
+        legal = "a number of steps, or one in evaluate.every_steps, where evaluate.tasks names some"
+        yield Problem(key="evaluate.tasks.every_steps", got=None, legal=legal)
+    for file in tasks.files:
+        try:
+            named.append(described(Path(file)).name)
+            named.remove(file)
+        except UserError as error:
+            legal = f"a YAML file that describes a task ({str(error).rstrip('.')})"
+            yield Problem(key="evaluate.tasks.files", got=file, legal=legal)
+    for name in sorted({name for name in named if named.count(name) > 1}):
+        yield Problem(key="evaluate.tasks", got=name, legal="each task once, by a name of its own")
+    if tasks.include is not None and not Path(tasks.include).is_dir():
+        yield Problem(key="evaluate.tasks.include", got=tasks.include, legal="a directory with task files")
 
 
 def _samples(config: RunConfig) -> Iterator[Problem]:

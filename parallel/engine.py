@@ -9,6 +9,7 @@ nor of ranks changes it. The model and its objective know nothing of this file; 
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, cast
@@ -207,6 +208,15 @@ class Engine:
         found = self._result(sums, weight)
         seconds = {"forward_backward": ran - started, "communication": reduced - ran}
         return replace(found, seconds=seconds, metrics=self._metrics(weight))
+
+    @contextmanager
+    def asked(self, objective: Objective) -> Iterator[None]:
+        """In the block `evaluate` asks this of what the model gives, not what is minimised."""
+        own, self._objective = self._objective, objective
+        try:
+            yield
+        finally:
+            self._objective = own
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> StepResult:

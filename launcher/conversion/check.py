@@ -16,15 +16,13 @@ from model import families
 from model.build import build
 from model.config import Classified, ModelConfig
 from parallel.common.errors import UserError
+from parallel.common.lazy import Lazy
 from parallel.config import ParallelConfig
 from parallel.parameters import local_parameters
 from parallel.topology import Topology
 
-transformers: Any
-try:
-    import transformers
-except ImportError:  # an extra: without it a conversion cannot be compared, and must be asked not to be
-    transformers = None
+transformers = Lazy("transformers")
+"""An extra: without it a conversion cannot be compared, and must be asked not to be."""
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, times the largest logit: float32 sums in another order."""
@@ -145,7 +143,7 @@ def missing_transformers() -> None:
     Raises:
         UserError: it is not.
     """
-    if transformers is None:
+    if not transformers.is_installed:
         raise UserError("comparing logits needs transformers: pip install 'bloomery[hf]', or call with --no-check.")
 
 

@@ -24,7 +24,6 @@ from launcher.conversion.check import compare_logits, missing_transformers, pret
 from launcher.conversion.memory import return_large_blocks
 from launcher.conversion.tensor_file import write_tensor_file
 from launcher.outcome import Outcome
-from launcher.places import Checkpoint
 from launcher.runtime import in_ranks
 from launcher.verbs.conversion import ExportJob
 from launcher.work import Ranks
@@ -224,7 +223,8 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _write_descriptions(directory: Path, job: ExportJob, config: RunConfig, model: ModelConfig) -> None:
     """config.json, generation_config.json, and the tokenizer's files where the run has one."""
     ids: dict[str, Any] = {}
-    tokenizer, facts = tokenizer_of(job.checkpoint, config), facts_of(job.checkpoint, config)
+    run = job.checkpoint.run.path
+    tokenizer, facts = tokenizer_of(run, config), facts_of(run, config)
     if tokenizer is None:
         logger.warning("no tokenizer found in %s: the export has none", config.data.store)
     if tokenizer is not None:
@@ -241,7 +241,7 @@ def _write_descriptions(directory: Path, job: ExportJob, config: RunConfig, mode
         else:
             tokenizer.save(directory / "tokenizer.json")
         write_json(directory / "tokenizer_config.json", _tokenizer_config(tokenizer, config, facts))
-    labels = labels_of(job.checkpoint, config)
+    labels = labels_of(run, config)
     described = config_json(model, sequence_length=config.train.sequence_length, labels=labels)
     _write_plain(directory / "config.json", {**described, **ids, "dtype": job.dtype})
     if not model.classes.number:
@@ -269,45 +269,45 @@ def _write_plain(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def tokenizer_of(checkpoint: Checkpoint, config: RunConfig) -> Tokenizer | None:
-    """The tokenizer of the store that the run was trained on, or the one that was imported with the weights."""
-    for place in (Path(config.data.store) / "tokenizer.json", checkpoint.run.path / "tokenizer.json"):
+def tokenizer_of(run: Path, config: RunConfig) -> Tokenizer | None:
+    """The tokenizer of the store that a run was trained on, or the one that was imported with its weights."""
+    for place in (Path(config.data.store) / "tokenizer.json", run / "tokenizer.json"):
         if place.is_file():
             return Tokenizer.load(place)
     return None
 
 
-def facts_of(checkpoint: Checkpoint, config: RunConfig) -> Facts | None:
-    """What the examples are that a run learnt from, or the classes that were imported with the weights."""
-    return Facts.read(Path(config.data.store)) or Facts.read(checkpoint.run.path)
+def facts_of(run: Path, config: RunConfig) -> Facts | None:
+    """What the examples are that a run learnt from, or the classes that were imported with its weights."""
+    return Facts.read(Path(config.data.store)) or Facts.read(run)
 
 
-def labels_of(checkpoint: Checkpoint, config: RunConfig) -> tuple[str, ...]:
+def labels_of(run: Path, config: RunConfig) -> tuple[str, ...]:
     """Names of the classes that a model tells apart, by number; empty where it has no head for them, or none is known.
 
     Raises:
         UserError: there are more or fewer names than classes.
     """
-    facts, number = facts_of(checkpoint, config), config.model.classes.number
+    facts, number = facts_of(run, config), config.model.classes.number
     if facts is None or not number:
         return ()
     if len(facts.labels) != number:
         raise UserError(
-            f"{checkpoint.path} tells {number} classes apart, and {config.data.store} has {len(facts.labels)}, "
+            f"{run} tells {number} classes apart, and {config.data.store} has {len(facts.labels)}, "
             f"{', '.join(facts.labels)}: it is not the store that the run learnt from."
         )
     return facts.labels
 
 
-def needed_tokenizer(checkpoint: Checkpoint, config: RunConfig) -> Tokenizer:
+def needed_tokenizer(run: Path, config: RunConfig) -> Tokenizer:
     """The same.
 
     Raises:
         UserError: there is none.
     """
-    found = tokenizer_of(checkpoint, config)
+    found = tokenizer_of(run, config)
     if found is None:
-        raise UserError(f"{checkpoint.path} has no tokenizer: expected one in {config.data.store} or in its run.")
+        raise UserError(f"{run} has no tokenizer: expected one in {config.data.store} or in the run.")
     return found
 
 

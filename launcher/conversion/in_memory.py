@@ -21,7 +21,7 @@ def needs_transformers(what: str) -> None:
     Raises:
         UserError: it is not.
     """
-    if transformers is None:
+    if not transformers.is_installed:
         raise UserError(f"{what} needs transformers: pip install 'bloomery[hf]'.")
 
 

@@ -1,63 +1,97 @@
-"""A task put to a checkpoint: what it answers, and how well.
+"""A task put to a model: what it answers, and how well.
 
 Likelihoods and what heads tell come from the live model on all ranks, texts and gaps from `transformers` on the first
 rank.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from data_pipeline.marks import of_tokenizer
-from data_pipeline.store import Store
 from data_pipeline.tokenizer import Tokenizer
 from launcher.config import RunConfig
 from launcher.conversion.export import around, labels_of, needed_tokenizer
+from launcher.conversion.in_memory import needs_transformers
 from launcher.evaluation.baselines import bits_per_byte
 from launcher.evaluation.metrics import classified, tagged, written
 from launcher.evaluation.scoring import Row, Scorer, windows
 from launcher.evaluation.task import Task, TaskKind, choices_of, filled, target_of, words_of
 from launcher.generation.filling import Filler
-from launcher.generation.writer import MASK, Writer
-from launcher.places import Checkpoint
+from launcher.generation.writer import MASK, TOGETHER, Writer
 from model import families
 from model.config import Classified
 from parallel.common.errors import UserError
+from parallel.engine import Engine
 
 Records = Sequence[Mapping[str, Any]]
 Found = dict[str, float]
 
 
 class Asked:
-    """A checkpoint that answers tasks; what that needs is loaded when it is needed. Every rank has one."""
+    """A model that answers tasks; what that needs is made when it is needed. Every rank has one."""
 
-    def __init__(self, checkpoint: Checkpoint, config: RunConfig, *, rank: int) -> None:
-        self.checkpoint = checkpoint
+    def __init__(
+        self,
+        config: RunConfig,
+        run: Path,
+        *,
+        rank: int,
+        engine: Callable[[], Engine],
+        model: Callable[[], Any],
+        alive: Callable[[], object] = dist.barrier,
+    ) -> None:
+        """Of a run.
+
+        Args:
+            config: in whose layout.
+            run: its directory, for what is not in its store.
+            rank: this one.
+            engine: the live model, on all ranks together.
+            model: that of `transformers` with the same weights, on the first rank; all call it together.
+            alive: all call it together now and then while the first one writes, so that no wait is too long.
+        """
         self.config = config
+        self.run = run
         self.rank = rank
         self.architecture = families.family(config.model).architecture
-        self.tokenizer: Tokenizer = needed_tokenizer(checkpoint, config)
+        self.tokenizer: Tokenizer = needed_tokenizer(run, config)
+        self._engine, self._make_model, self._alive = engine, model, alive
 
     @cached_property
     def scorer(self) -> Scorer:
         """The live model."""
         if self.architecture is families.Architecture.encoder_decoder:
             raise UserError("a t5 tells no likelihood of a continuation: ask it by a task of generation, or of cloze.")
-        rows = self.config.model.vocabulary_size or Store.open(Path(self.config.data.store)).vocabulary_size
-        return Scorer(self.checkpoint, self.config, vocabulary_size=rows, padding=self.tokenizer.padding)
+        return self._scorer()
+
+    def _scorer(self) -> Scorer:
+        return Scorer(self._engine(), self.config, padding=self.tokenizer.padding)
+
+    @cached_property
+    def _model(self) -> Any:
+        needs_transformers("generating and filling gaps")
+        return self._make_model()
 
     @cached_property
     def writer(self) -> Writer:
-        """The model in `transformers`."""
-        return Writer(self.checkpoint)
+        """The model in `transformers`, which is there on the first rank; all ranks ask for it together."""
+        return Writer(self.config, self.tokenizer, self._model, alive=self._alive)
 
     @cached_property
     def filler(self) -> Filler:
         """The same of an encoder."""
-        return Filler(self.checkpoint)
+        return Filler(self.config, self.tokenizer, self._model, alive=self._alive)
+
+    def wait(self, prompts: int, *, together: int = TOGETHER) -> None:
+        """While the first rank writes behind so many prompts."""
+        for _ in range(math.ceil(prompts / together)):
+            self._alive()
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Log-likelihood in nats of a text behind another one, the two of them tokenised together as they stand, and
@@ -82,7 +116,7 @@ def ask(asked: Asked, task: Task, records: Records) -> Found:
     if asked.config.model.classes.number and task.kind not in _OF_CLASSES:
         legal = " or ".join(_OF_CLASSES)
         raise UserError(
-            f"the task {task.name} is one of {task.kind.value}, and the checkpoint has nothing but a head for classes: "
+            f"the task {task.name} is one of {task.kind.value}, and the model has nothing but a head for classes: "
             f"expected a task of {legal}."
         )
     return _KINDS[task.kind](asked, task, records)
@@ -163,8 +197,8 @@ def _labels(asked: Asked, task: Task, of: Classified) -> tuple[str, ...]:
     """Names of the classes that the head tells apart."""
     classes = asked.config.model.classes
     if not classes.number or classes.of is not of:
-        raise UserError(f"the task {task.name} asks for classes of {of.value}, for which the checkpoint has no head.")
-    labels = labels_of(asked.checkpoint, asked.config)
+        raise UserError(f"the task {task.name} asks for classes of {of.value}, for which the model has no head.")
+    labels = labels_of(asked.run, asked.config)
     if not labels:
         raise UserError(
             f"the task {task.name} needs the names of the classes: expected them in {asked.config.data.store}."
@@ -238,9 +272,10 @@ def _generation(asked: Asked, task: Task, records: Records) -> Found:
     references = [[each] if isinstance(each, str) else [str(text) for text in each] for each in truth]
     if len({len(each) for each in references}) != 1:
         raise UserError(f"the task {task.name}: every record needs as many references as the others.")
-    if asked.rank:
-        return {}
     writer = asked.writer
+    if asked.rank:
+        asked.wait(len(prompts))
+        return {}
     read = [
         writer.read_turns([{"role": "user", "content": prompt}]) if task.chat else writer.read(prompt)
         for prompt in prompts
@@ -261,12 +296,16 @@ def _cloze(asked: Asked, task: Task, records: Records) -> Found:
         if len(truth[-1]) != prompt.count(MASK):
             told = f"{len(truth[-1])} answers for {prompt.count(MASK)} x {MASK}"
             raise UserError(f"the task {task.name}: a record has {told}: {prompt!r}.")
+    two_stacks = asked.architecture is families.Architecture.encoder_decoder
+    filler, writer = (None, asked.writer) if two_stacks else (asked.filler, None)
     if asked.rank:
+        asked.wait(len(prompts), together=TOGETHER if two_stacks else 1)
         return {}
-    if asked.architecture is families.Architecture.encoder_decoder:
-        found = [[[text] for text in texts] for texts in asked.writer.fill(prompts, task.options())]
+    if writer is not None:
+        found = [[[text] for text in texts] for texts in writer.fill(prompts, task.options())]
     else:
-        found = [[[text for text, _ in gap] for gap in asked.filler.fill(prompt)[1]] for prompt in prompts]
+        assert filler is not None
+        found = [[[text for text, _ in gap] for gap in filler.fill(prompt)[1]] for prompt in prompts]
     gaps = [
         (answer, [text.strip() for text in texts])
         for answers, of_record in zip(truth, found, strict=True)

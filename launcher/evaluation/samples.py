@@ -7,6 +7,7 @@ parallelism).
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import Tokenizer
 from launcher.config import RunConfig
+from launcher.progress import Every
 from launcher.run_directory import RunDirectory
 from parallel.engine import Engine
 
@@ -22,8 +24,18 @@ from parallel.engine import Engine
 class Samples:
     """Some prompts, continued now and then."""
 
-    def __init__(self, config: RunConfig, *, store: Store, directory: RunDirectory, event: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        store: Store,
+        directory: RunDirectory,
+        total_steps: int,
+        event: Callable[..., None],
+    ) -> None:
         """`event` writes an event of the run: `samples`, with the rows."""
+        every = config.evaluate.every_steps if config.evaluate.prompts else None
+        self._schedule = Every(every, besides=() if every is None else (total_steps,))
         self._directory = directory
         self._prompts: Sequence[str] = config.evaluate.prompts
         self._tokens = config.evaluate.sample_tokens
@@ -31,11 +43,14 @@ class Samples:
         self._event = event
         self._tokenizer = Tokenizer.load(store.tokenizer) if self._prompts else None
 
-    def take(self, engine: Engine, step: int) -> None:
+    def due(self, step: int) -> bool:
+        """Whether to continue them after this step."""
+        return self._schedule.due(step)
+
+    def take(self, engine: Engine, step: int) -> dict[str, Any]:
         """Continues each prompt; all ranks call this together."""
         tokenizer = self._tokenizer
-        if tokenizer is None:
-            return
+        assert tokenizer is not None
         begun = [[tokenizer.end_of_document, *ids] for ids in tokenizer.encode_batch(list(self._prompts))]
         engine.updater.module.train(False)
         added = continued(engine, begun, tokens=self._tokens, window=self._window)
@@ -47,6 +62,7 @@ class Samples:
             for row in rows:
                 self._directory.samples.append({"checkpoint": f"step {step}", "temperature": 0.0, **row})
         self._event("samples", step=step, rows=rows)
+        return {}
 
 
 @torch.no_grad()

@@ -14,11 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.loader import rows_per_rank
-from launcher.assemble import make_engine
 from launcher.config import RunConfig
-from launcher.places import Checkpoint
 from model.objectives import token_losses
-from parallel.checkpoint.load import load
 from parallel.engine import Batch, Engine
 from parallel.topology import Topology
 
@@ -44,6 +41,10 @@ class _Kept:
         self._topology = topology
         self.found = torch.zeros(shape, dtype=torch.float64, device=topology.device)
 
+    def __call__(self, outputs: Any, batch: Batch, tensor_group: Any, /) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As every objective."""
+        raise NotImplementedError
+
     def over_all_ranks(self) -> Tensor:
         """`found` on every rank; of those that hold the same logits, one contributes."""
         mine = self._topology.tensor_rank == 0 and self._topology.is_last_pipeline_stage
@@ -55,7 +56,7 @@ class _Kept:
 class Likelihoods(_Kept):
     """Of each row the summed loss of what is asked, and how many tokens were not the likeliest: [rows, 2]."""
 
-    def __call__(self, logits: Tensor, batch: Batch, tensor_group: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def __call__(self, logits: Tensor, batch: Batch, tensor_group: Any, /) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """As every objective; the batch's `sample_ids` number the rows, -1 in those that only fill."""
         weights = batch["loss_weights"].to(logits.device).T.double()  # [sequence, batch]
         labels = batch["labels"].to(logits.device).T.contiguous()
@@ -70,7 +71,7 @@ class Likelihoods(_Kept):
 class Classes(_Kept):
     """The class at each place that is asked for: [places of all rows]."""
 
-    def __call__(self, logits: Tensor, batch: Batch, tensor_group: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def __call__(self, logits: Tensor, batch: Batch, tensor_group: Any, /) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """As every objective; where the batch has a weight its label is a number in `found`."""
         asked = batch["loss_weights"].to(logits.device).T > 0  # [sequence, batch]
         numbers = batch["labels"].to(logits.device).T[asked]
@@ -82,7 +83,7 @@ class Follows(_Kept):
     """Whether the second segment of each row follows the first: [rows]."""
 
     def __call__(
-        self, outputs: tuple[Tensor, Tensor], batch: Batch, tensor_group: Any
+        self, outputs: tuple[Tensor, Tensor], batch: Batch, tensor_group: Any, /
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """As every objective; the batch has `next_sentence_weights`, and `next_sentence` is a number in `found`."""
         answers = outputs[1]  # [batch, 2]
@@ -105,25 +106,15 @@ def _not_likeliest(logits: Tensor, labels: Tensor, tensor_group: Any) -> Tensor:
 
 
 class Scorer:
-    """A checkpoint that says how likely texts are, and what its head tells."""
+    """A model that says how likely texts are, and what its head tells."""
 
-    def __init__(self, checkpoint: Checkpoint, config: RunConfig, *, vocabulary_size: int, padding: int) -> None:
-        """Loads the model in the layout of `config`; every rank calls this."""
+    def __init__(self, engine: Engine, config: RunConfig, *, padding: int) -> None:
+        """Of a live model; every rank has one."""
         self.config = config
         self.padding = padding
-        self.topology = Topology.create(config.parallel)
+        self.topology = engine.topology
         self.length = config.train.sequence_length
-        self._asked: Any = None
-        self.engine: Engine = make_engine(
-            config, vocabulary_size=vocabulary_size, topology=self.topology, objective=self
-        )
-        load(checkpoint.path, {"model": self.engine.participants()["model"]})
-
-    reports = ()
-
-    def __call__(self, *arguments: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The objective of the question at hand."""
-        return self._asked(*arguments)
+        self.engine = engine
 
     def scores(self, rows: Sequence[Row]) -> list[tuple[float, bool]]:
         """Log-likelihood in nats of what is asked of each row, and whether each token of it is the likeliest; every
@@ -144,14 +135,15 @@ class Scorer:
 
     def _answers(self, rows: Sequence[Row], kept: _Kept, *, numbers: Sequence[int] | None) -> Tensor:
         """`numbers`: of the first place that is asked for, row by row, where a head is read."""
-        self._asked = kept
         train, topology = self.config.train, self.topology
         own = rows_per_rank(train.global_batch_size, train.micro_batch_size, topology.data_parallel_size)
         for first in range(0, len(rows), train.global_batch_size):
             slots = range(topology.data_parallel_rank * own, (topology.data_parallel_rank + 1) * own)
             last = min(len(rows) - first, train.global_batch_size)
             chosen = [first + slot if slot < last else -1 for slot in slots]
-            self.engine.evaluate(self._batch(rows, chosen, numbers))
+            self.engine.pulse("evaluate")
+            with self.engine.asked(kept):
+                self.engine.evaluate(self._batch(rows, chosen, numbers))
         return kept.over_all_ranks()
 
     def _batch(self, rows: Sequence[Row], chosen: Sequence[int], numbers: Sequence[int] | None) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from data_pipeline.examples.build import read_records
 from launcher.generation.options import Options
@@ -100,24 +101,57 @@ class Task:
         return options
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HarnessTasks:
+    """Tasks of lm-evaluation-harness, and how they are asked."""
+
+    names: tuple[str, ...] = ()
+    include: Path | None = None
+    """A directory of more task files."""
+    few_shot: int | None = None
+    """Examples before each question."""
+    limit: int | None = None
+    """Only the first so many questions of each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Questions:
+    """Everything that is asked of a model at a time."""
+
+    tasks: tuple[tuple[Task, list[dict[str, Any]]], ...]
+    """Each with its records."""
+    harness: HarnessTasks
+
+
 def read_task(file: Path) -> tuple[Task, list[dict[str, Any]]]:
     """A task and its records.
 
     Raises:
         UserError: the file is missing or says what nobody understands, or its data cannot be read.
     """
-    if not file.is_file():
-        raise UserError(f"--task: there is no file {file}: expected a YAML file that describes a task.")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Task), OmegaConf.load(file))
-        task = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"{file} describes no task: {str(error).splitlines()[0]}.") from None
-    assert isinstance(task, Task)
+    task = described(file)
     records = _records(task, file.parent)[: task.limit]
     if not records:
         raise UserError(f"{file}: its data has no records.")
     return task, records
+
+
+def described(file: Path) -> Task:
+    """A task without its records.
+
+    Raises:
+        UserError: the file is missing or says what nobody understands.
+    """
+    if not file.is_file():
+        raise UserError(f"there is no file {file}: expected a YAML file that describes a task.")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Task), OmegaConf.load(file))
+        task = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, ValueError, YAMLError) as error:
+        raise UserError(f"{file} describes no task: {str(error).splitlines()[0]}.") from None
+    assert isinstance(task, Task)
+    task.options()
+    return task
 
 
 def _records(task: Task, directory: Path) -> list[dict[str, Any]]:

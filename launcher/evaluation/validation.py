@@ -9,7 +9,6 @@ from torch import Tensor
 from data_pipeline.loader import single_pass
 from data_pipeline.store import VALIDATION, Store
 from launcher.config import RunConfig
-from launcher.evaluation.samples import Samples
 from launcher.meter import means
 from launcher.metrics import nested
 from launcher.objective import plan_of
@@ -36,15 +35,11 @@ def validation_batches(config: RunConfig, *, store: Store, topology: Topology) -
 class Validation:
     """Looks at a fixed sample of the validation documents when it is due."""
 
-    def __init__(
-        self, config: RunConfig, *, store: Store, topology: Topology, total_steps: int, samples: Samples
-    ) -> None:
+    def __init__(self, config: RunConfig, *, store: Store, topology: Topology, total_steps: int) -> None:
         """Reads nothing unless `evaluate.every_steps` asks for it."""
         every = config.evaluate.every_steps
         self.schedule = Every(every, besides=() if every is None else (total_steps,))
-        self._samples = samples
         self._batches: Sequence[dict[str, Tensor]] = ()
-        self._latest: tuple[int, dict[str, Any]] = (0, {})
         if every is not None:
             batches = validation_batches(config, store=store, topology=topology)
             self._batches = list(islice(batches, config.evaluate.batches))
@@ -53,9 +48,10 @@ class Validation:
         """Whether to look after this step."""
         return self.schedule.due(step)
 
-    def loss(self, engine: Engine, step: int) -> dict[str, Any]:
-        """`{"validation_loss": mean nats a token}` after this step, and what the objective reports; the prompts are
-        continued too. All ranks call this together."""
+    def take(self, engine: Engine, step: int) -> dict[str, Any]:
+        """`{"validation_loss": mean nats a token}` after this step, and what the objective reports. All ranks call
+        this together."""
+        del step
         total = weight = 0.0
         reported: dict[str, Tensor] = {}
         for batch in self._batches:
@@ -65,11 +61,4 @@ class Validation:
             for name, pair in result.reported.items():
                 reported[name] = reported[name] + pair if name in reported else pair
         found = {f"validation_{name}": value for name, value in means(reported).items()}
-        self._samples.take(engine, step)
-        self._latest = step, {"validation_loss": total / weight, **nested(found)}
-        return dict(self._latest[1])
-
-    def at(self, step: int) -> dict[str, float]:
-        """The numbers that `loss` found after this step, for its checkpoint; empty if it did not look then."""
-        found = self._latest[1] if step == self._latest[0] else {}
-        return {name: value for name, value in found.items() if isinstance(value, float)}
+        return {"validation_loss": total / weight, **nested(found)}

@@ -1,11 +1,13 @@
 """What an encoder puts in place of `[MASK]`."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 
 from data_pipeline.marks import of_tokenizer
 from data_pipeline.tokenizer import Tokenizer
+from launcher.config import RunConfig
 from launcher.conversion.export import around, needed_tokenizer
 from launcher.conversion.in_memory import in_memory, needs_transformers
 from launcher.generation.writer import MASK
@@ -17,19 +19,29 @@ Candidates = list[tuple[str, float]]
 
 
 class Filler:
-    """A checkpoint that fills gaps."""
+    """A model that fills gaps."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        """Raises:
-        UserError: `transformers` is not installed, or the checkpoint has no tokenizer.
-        """
-        needs_transformers("filling gaps")
-        config = checkpoint.config()
-        self.tokenizer: Tokenizer = needed_tokenizer(checkpoint, config)
-        self.model: Any = in_memory(checkpoint)
+    def __init__(
+        self, config: RunConfig, tokenizer: Tokenizer, model: Any, *, alive: Callable[[], object] = lambda: None
+    ) -> None:
+        """Of a run, whose weights `model` of `transformers` has; `alive` is called after every text."""
+        self._alive = alive
+        self.tokenizer = tokenizer
+        self.model = model
         self.window = config.model.positions or config.train.sequence_length
         self.mask = of_tokenizer(self.tokenizer).mask
         self._before, self._behind = around(self.tokenizer, config)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        """Of a checkpoint.
+
+        Raises:
+            UserError: `transformers` is not installed, or the checkpoint has no tokenizer or no such model.
+        """
+        needs_transformers("filling gaps")
+        config = checkpoint.config()
+        return cls(config, needed_tokenizer(checkpoint.run.path, config), in_memory(checkpoint))
 
     def read(self, text: str) -> list[int]:
         """The ids of a text with its gaps.
@@ -60,4 +72,5 @@ class Filler:
             candidates.append([(self.tokenizer.decode([token]), probability) for token, probability in pairs])
         pieces = iter([each[0][0] for each in candidates])
         first, *others = text.split(MASK)
+        self._alive()
         return first + "".join(next(pieces) + part for part in others), candidates

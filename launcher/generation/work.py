@@ -25,7 +25,7 @@ def _generated(job: GenerateJob, ranks: Ranks) -> Outcome:
 
 
 def _filled(job: GenerateJob) -> list[dict[str, Any]]:
-    filler, samples = Filler(job.checkpoint), []
+    filler, samples = Filler.of(job.checkpoint), []
     for prompt in job.prompts:
         text, candidates = filler.fill(prompt)
         samples.append({**facts(job), "prompt": prompt, "continuation": text, "candidates": candidates})
@@ -34,7 +34,7 @@ def _filled(job: GenerateJob) -> list[dict[str, Any]]:
 
 
 def _written(job: GenerateJob) -> list[dict[str, Any]]:
-    writer, samples = Writer(job.checkpoint), []
+    writer, samples = Writer.of(job.checkpoint), []
     apart = writer.two_stacks or job.chat
     for prompt in job.prompts:
         turns = [{"role": "system", "content": job.system}] if job.system else []

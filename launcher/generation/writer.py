@@ -4,10 +4,10 @@ A causal model reads the end of a document and then the prompt, as every documen
 prompt with its end and tells what its decoder says. Several prompts are decoded together, padded on the left.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import batched
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tokenizers
 import torch
@@ -18,6 +18,7 @@ from data_pipeline.examples.encode import Encoder, Refused
 from data_pipeline.examples.kinds import CHAT_TEMPLATE, Facts, Kind
 from data_pipeline.marks import of_tokenizer
 from data_pipeline.tokenizer import Tokenizer
+from launcher.config import RunConfig
 from launcher.conversion.check import transformers
 from launcher.conversion.export import needed_tokenizer
 from launcher.conversion.in_memory import in_memory, needs_transformers
@@ -29,25 +30,37 @@ from parallel.common.errors import UserError
 
 MASK = "[MASK]"
 """In a prompt: what a masked model fills in, or where a T5 is to tell a span."""
+TOGETHER = 8
+"""Prompts decoded at a time."""
 
 
 class Writer:
-    """A checkpoint that continues texts."""
+    """A model that continues texts."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        """Raises:
-        UserError: `transformers` is not installed, or the checkpoint has no tokenizer or no such model.
-        """
-        needs_transformers("generating")
-        config = checkpoint.config()
-        self.tokenizer: Tokenizer = needed_tokenizer(checkpoint, config)
-        self.model: Any = in_memory(checkpoint)
+    def __init__(
+        self, config: RunConfig, tokenizer: Tokenizer, model: Any, *, alive: Callable[[], object] = lambda: None
+    ) -> None:
+        """Of a run, whose weights `model` of `transformers` has; `alive` is called after every `TOGETHER` prompts."""
+        self.tokenizer = tokenizer
+        self._alive = alive
+        self.model = model
         self.two_stacks = families.family(config.model).architecture is families.Architecture.encoder_decoder
         self.window = config.model.positions or config.train.sequence_length
         self._bounded = config.model.position is Position.learned
         facts = Facts.read(Path(config.data.store))
         self.chat_template = CHAT_TEMPLATE if facts is None else facts.chat_template or CHAT_TEMPLATE
         self._turns: Encoder | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        """Of a checkpoint.
+
+        Raises:
+            UserError: `transformers` is not installed, or the checkpoint has no tokenizer or no such model.
+        """
+        needs_transformers("generating")
+        config = checkpoint.config()
+        return cls(config, needed_tokenizer(checkpoint.run.path, config), in_memory(checkpoint))
 
     def read(self, prompt: str) -> list[int]:
         """What the model reads of a prompt."""
@@ -90,13 +103,23 @@ class Writer:
         behind = render(self.chat_template, turns, named).rpartition("b")[2]
         return {*self.tokenizer.encode_marked(behind)[0]} & self.tokenizer.special_ids()
 
+    def refuse(self, options: Options) -> None:
+        """What this model cannot do.
+
+        Raises:
+            UserError: it says why.
+        """
+        if self._bounded and options.tokens >= self.window:
+            raise UserError(
+                f"--tokens is {options.tokens}: expected fewer than the {self.window} positions of the model."
+            )
+
     def write(
         self,
         prompts: Sequence[Sequence[int]],
         options: Options,
         *,
         chat: bool = False,
-        together: int = 8,
         streamer: Any = None,
     ) -> list[str]:
         """What follows each prompt, up to the end of the document, of the turn, or before a text of `options.stop`.
@@ -105,19 +128,16 @@ class Writer:
             prompts: ids, as `read` and `read_turns` give them.
             options: how to decode.
             chat: whether the end of a turn ends it.
-            together: prompts decoded at a time; with a draw that changes what is drawn.
             streamer: told every token, where there is one prompt and one beam.
         """
-        if self._bounded and options.tokens >= self.window:
-            raise UserError(
-                f"--tokens is {options.tokens}: expected fewer than the {self.window} positions of the model."
-            )
+        self.refuse(options)
         ends = {self.tokenizer.end_of_document, *(self._ends_of_turns() if chat else ())}
         torch.manual_seed(options.seed)
         found: list[str] = []
-        for portion in batched(prompts, together):
+        for portion in batched(prompts, TOGETHER):
             rows = self._generated([list(ids) for ids in portion], options, sorted(ends), streamer)
             found += [self._text(row, ends, options.stop) for row in rows]
+            self._alive()
         return found
 
     def _generated(
@@ -149,16 +169,17 @@ class Writer:
         first = 1 if self.two_stacks else tokens.shape[1]
         return rows[:, first:].tolist()
 
-    def fill(self, prompts: Sequence[str], options: Options, *, together: int = 8) -> list[list[str]]:
+    def fill(self, prompts: Sequence[str], options: Options) -> list[list[str]]:
         """What a T5 tells for each `[MASK]` of each prompt; nothing where it does not say the mark of one."""
         ends, marks = [self.tokenizer.end_of_document], of_tokenizer(self.tokenizer).sentinels.tolist()
         torch.manual_seed(options.seed)
         found: list[list[str]] = []
-        for portion in batched(prompts, together):
+        for portion in batched(prompts, TOGETHER):
             rows = self._generated([self.read(prompt) for prompt in portion], options, ends, None)
             for prompt, row in zip(portion, rows, strict=True):
                 told = _between(row, marks[: prompt.count(MASK)], {*ends, self.tokenizer.padding})
                 found.append([self.tokenizer.decode(ids) for ids in told])
+            self._alive()
         return found
 
     def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

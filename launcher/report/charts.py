@@ -56,6 +56,7 @@ def charts(runs: Sequence[Curves]) -> list[Chart]:
         _line(runs, "grad_norm", "Gradient norm", "global, before clipping", log=True),
         _line(runs, "memory_bytes", "Memory", "highest use of any rank so far, bytes", unit=".3s", zero=True),
     ]
+    found.append(_tasks(runs))
     if len(runs) == 1:
         found += [_sources(runs[0]), _losses_by_source(runs[0]), _time(runs[0])]
     return [chart for chart in found if chart.traces]
@@ -146,6 +147,20 @@ def _losses_by_source(run: Curves) -> Chart:
         ]
         traces += _trace(found, name, name, series=series)
     return Chart(title="Loss by source", meaning="nats per token, by step", traces=traces, layout=_layout())
+
+
+def _tasks(runs: Sequence[Curves]) -> Chart:
+    """Figures of tasks that are shares, such as accuracies: others have scales of their own, and stand in the table."""
+    traces = []
+    for number, run in enumerate(runs):
+        rows = [{"step": record["step"], **record["tasks"]} for record in run.records if record.get("tasks")]
+        values = {name: [row[name] for row in rows if row.get(name) is not None] for row in rows for name in row}
+        shares = [name for name, found in values.items() if name != "step" and all(0 <= each <= 1 for each in found)]
+        prefix = f"{run.name}, " if len(runs) > 1 else ""
+        for place, name in enumerate(name for name in shares if "stderr" not in name):
+            series = number if len(runs) > 1 else place
+            traces += _trace(rows, name, f"{prefix}{name}", series=series, mode="lines+markers")
+    return Chart(title="Tasks", meaning="figures from 0 to 1, by step", traces=traces, layout=_layout())
 
 
 def _time(run: Curves) -> Chart:

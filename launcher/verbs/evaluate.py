@@ -7,12 +7,11 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.store import VALIDATION, Store
 from launcher.config import RunConfig
 from launcher.evaluation import result
-from launcher.evaluation.task import Task, read_task
+from launcher.evaluation.task import HarnessTasks, Questions, read_task
 from launcher.places import Checkpoint, find_checkpoint
 from launcher.start import start_ranks
 from launcher.validate import check_training
@@ -47,13 +46,7 @@ class TaskJob:
     checkpoint: Checkpoint
     config: RunConfig
     ranks: Ranks
-    tasks: tuple[tuple[Task, list[dict[str, Any]]], ...]
-    harness: tuple[str, ...]
-    """Tasks of lm-evaluation-harness, by name."""
-    include: Path | None
-    """A directory of its task files."""
-    few_shot: int | None
-    limit: int | None
+    questions: Questions
     copy: Path | None
     """Second place for the result."""
 
@@ -109,9 +102,10 @@ def main(arguments: Sequence[str]) -> int | Work:
 def _tasks(options: argparse.Namespace, arguments: list[str], checkpoint: Checkpoint) -> int | Work:
     """What `--task` and `--harness` ask."""
     tasks = tuple(read_task(file) for file in options.task)
+    harness = HarnessTasks(
+        names=tuple(options.harness), include=options.include, few_shot=options.few_shot, limit=options.limit
+    )
     config, ranks = checkpoint.config(), from_environment()
-    for task, _ in tasks:
-        task.options()
     wanted = ranks_to_start(ranks, options.ranks)
     if wanted > ranks.world_size:
         place = arguments.index("--ranks") if "--ranks" in arguments else len(arguments)
@@ -120,11 +114,7 @@ def _tasks(options: argparse.Namespace, arguments: list[str], checkpoint: Checkp
         checkpoint=checkpoint,
         config=in_layout(config, wanted),
         ranks=ranks,
-        tasks=tasks,
-        harness=tuple(options.harness),
-        include=options.include,
-        few_shot=options.few_shot,
-        limit=options.limit,
+        questions=Questions(tasks=tasks, harness=harness),
         copy=options.json,
     )
     return Work(module="launcher.evaluation.tasks", job=job, rank=ranks.rank, logs=checkpoint.run.logs)

@@ -43,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
 @pytest.mark.truth
 def test_every_way_of_decoding_keeps_its_word(trained: Path) -> None:
     def compute() -> dict[str, Any]:
-        writer = Writer(find_checkpoint(str(trained)))
+        writer = Writer.of(find_checkpoint(str(trained)))
         prompts = [writer.read("iron ore"), writer.read("air")]
 
         def written(**options: Any) -> list[str]:
@@ -171,7 +171,7 @@ def test_gaps_are_filled_and_spans_are_told(store: Path, tmp_path: Path) -> None
     assert said.startswith("iron [MASK] clay\n> ")
 
     def compute() -> tuple[list[list[tuple[str, float]]], list[int], int]:
-        filler = Filler(find_checkpoint(str(tmp_path / "bert" / "run")))
+        filler = Filler.of(find_checkpoint(str(tmp_path / "bert" / "run")))
         return filler.fill("iron [MASK]")[1], filler.read("iron [MASK]"), filler.mask
 
     ((candidates,), ids, mask) = alone(compute)

@@ -7,6 +7,7 @@ import pytest
 from launcher.metrics import METRICS, flat, metric, nested
 from launcher.plan.hardware import of_device
 from launcher.run_directory import RunDirectory
+from tests.launcher.test_tasks import task
 from tests.launcher.tiny import configuration, run
 
 PEAK = """
@@ -28,6 +29,8 @@ efficiency: {matrices: 0.5, attention: 0.5, memory: 0.5, links: 0.5}
 def test_the_table_of_metrics_is_what_runs_write(tmp_path: Path, store: Path) -> None:
     hardware = tmp_path / "abacus.yaml"
     hardware.write_text(PEAK)
+    ask = {"name": "choose", "kind": "multiple_choice", "choices": ["iron", "ore"]}
+    chosen = task(tmp_path, [{"text": "air", "label": "ore"}], **ask)
     moe = {"layers": 2, "hidden_size": 32, "heads": 4, "kv_heads": 2, "ffn_hidden_size": 48, "moe": {"experts": 4}}
     config = configuration(
         tmp_path,
@@ -35,7 +38,7 @@ def test_the_table_of_metrics_is_what_runs_write(tmp_path: Path, store: Path) ->
         model=moe,
         train={"steps": 2, "z_loss": 1e-4},
         optimizer={"schedule": {"warmup_steps": 1}},
-        evaluate={"every_steps": 2, "batches": 1},
+        evaluate={"every_steps": 2, "batches": 1, "tasks": {"files": [str(chosen)]}},
         tracking={"hardware": str(hardware), "wandb": {"mode": "disabled"}},
     )
     codes, said = run("train", config)
@@ -52,6 +55,7 @@ def test_the_table_of_metrics_is_what_runs_write(tmp_path: Path, store: Path) ->
     assert set(last["tokens_by_source"]) == set(last["loss_by_source"]) == {"code", "prose"}
     assert set(last["validation_loss_by_source"]) == {"code", "prose"}
     assert last["busiest_expert"] == max(last["router_load"].values())
+    assert set(last["tasks"]) == {"choose.accuracy", "choose.accuracy_by_length"}
     assert list(last["router_load"]) == ["1", "2"]
     assert last["peak_flops"] == 1e12
     assert 0 < last["mfu_causal"] < last["mfu_full"]

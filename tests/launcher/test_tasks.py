@@ -9,6 +9,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import lm_eval.api.metrics
+import lm_eval.tasks
 import numpy as np
 import pytest
 import sacrebleu
@@ -19,7 +20,6 @@ from hypothesis import given, settings
 from rouge_score import rouge_scorer
 
 import launcher.evaluation.tasks  # so that forked ranks find it imported
-from launcher.evaluation import harness
 from launcher.evaluation.metrics import classified, tagged, written
 from launcher.evaluation.scoring import windows
 from launcher.evaluation.task import read_task
@@ -189,7 +189,7 @@ def test_figures_are_the_same_in_layouts_and_in_transformers(trained: Path, stor
     assert {"bits_per_byte", "code/bits_per_byte", "prose/perplexity"} <= long.keys()
 
     def by_hand() -> float:
-        writer = Writer(find_checkpoint(str(trained)))
+        writer = Writer.of(find_checkpoint(str(trained)))
         end = writer.tokenizer.end_of_document
         ids = [[end, *each, end] for each in writer.tokenizer.encode_batch([record["text"] for record in documents])]
         return sum(loss_by_hand(writer.model, each, 32, 8) for each in ids)
@@ -251,7 +251,7 @@ def test_the_harness_gives_the_numbers_of_its_own_model(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through our backend on two tensor ranks, and through `hf` on the exported weights."""
-    known_here = partial(harness.TaskManager, include_defaults=False)
+    known_here = partial(lm_eval.tasks.TaskManager, include_defaults=False)
     rng = np.random.default_rng(0)
     words = ["iron", "ore", "fire", "clay", "air", "slag"]
     lines = []
@@ -278,7 +278,7 @@ def test_the_harness_gives_the_numbers_of_its_own_model(
     assert in_process(export_main, trained, "--output", tmp_path / "hf") == 0
 
     def by_its_own() -> dict[str, Any]:
-        return harness.lm_eval.simple_evaluate(
+        return lm_eval.simple_evaluate(
             model="hf",
             model_args={"pretrained": str(tmp_path / "hf"), "dtype": "float32", "max_length": 32},
             tasks=["furnace", "reading", "writing"], device="cpu", batch_size=4, bootstrap_iters=0, log_samples=False,
@@ -300,7 +300,7 @@ def test_the_harness_gives_the_numbers_of_its_own_model(
                 compared += 1
     assert compared >= 5
     assert 0 < ours["writing"]["chrf"] < 100
-    monkeypatch.setattr(harness, "TaskManager", known_here)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", known_here)
     codes, said = run("evaluate", trained, "--harness", "nothing_like_it")
     assert codes == [2]
     assert "no task nothing_like_it is known" in said

@@ -99,8 +99,13 @@ def test_an_offline_run_is_one_run_over_restarts_and_syncs_without_a_step_twice(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
+    (tmp_path / "choose.yaml").write_text(
+        "{name: choose, kind: multiple_choice, data: choose.jsonl, choices: [iron, ore]}"
+    )
+    (tmp_path / "choose.jsonl").write_text('{"text": "air", "label": "ore"}\n')
     tracking = {"wandb": {"mode": "offline", "project": "tests"}}
-    config = configuration(tmp_path, store, tracking=tracking, checkpoint={"every_steps": 4, "keep": 9})
+    tasks = {"tasks": {"files": [str(tmp_path / "choose.yaml")], "every_steps": 8}}
+    config = configuration(tmp_path, store, tracking=tracking, checkpoint={"every_steps": 4, "keep": 9}, evaluate=tasks)
     directory = RunDirectory(tmp_path / "run")
     killed = start("train", config, faults={0: "train.step:7"})
     assert killed.wait() == [-signal.SIGKILL], killed.said()
@@ -118,19 +123,18 @@ def test_an_offline_run_is_one_run_over_restarts_and_syncs_without_a_step_twice(
     assert [alert.split()[-1] for alert in facts["alerts"]] == ["loss_spike", "hung", "resumed"]
     assert [row["_step"] for row in rows] == list(range(1, 15))
     assert [row["loss"] for row in rows] == [record["loss"] for record in directory.metrics]
-    (tmp_path / "choose.yaml").write_text(
-        "{name: choose, kind: multiple_choice, data: choose.jsonl, choices: [iron, ore]}"
-    )
-    (tmp_path / "choose.jsonl").write_text('{"text": "air", "label": "ore"}\n')
+    assert [row["_step"] for row in rows if "tasks/choose/accuracy" in row] == [8, 14]
+    assert facts["summary"]["tasks/choose/step"] == 14
     codes, said = run("evaluate", f"{directory.path}@8", "--task", tmp_path / "choose.yaml")
     assert codes == [0], said
-    (line,) = directory.tasks
+    first, _, line = directory.tasks
     files = sorted((directory.path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
     rows, asked = read_back(files[1])
     assert (rows, asked["id"], asked["alerts"], asked["artifacts"]) == ([], facts["id"], [], [])
     assert asked["summary"]["tasks/choose/accuracy"] == line["accuracy"]
     assert asked["summary"]["tasks/choose/step"] == 8
+    assert first == {key: value for key, value in line.items() if key != "checksum"}
     for file in directory.path.rglob("*"):
         assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
     with serving() as server:

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import transformers  # so that forked ranks find it imported
 import yaml
 
 import launcher.evaluation.bits_per_byte  # so that forked ranks find it imported
@@ -31,6 +32,7 @@ from launcher import changes, cli, config
 ROOT = Path(__file__).resolve().parent.parent.parent
 _WORDS = ("iron", "ore", "charcoal", "bellows", "furnace", "slag", "hammer", "fire", "clay", "smith", "air", "heat")
 DOCUMENTS = 60
+assert transformers
 changes.code_files()  # read once, so that nobody who edits a file meanwhile makes the next fork a changed run
 config.load([])  # so that forked ranks find its tables made
 

@@ -1,0 +1,168 @@
+"""Tasks in the training loop: the figures of `bloomery evaluate`, and training that does not notice."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lm_eval.evaluator  # so that forked ranks find it imported
+import pytest
+import torch
+import yaml
+from transformers import LlamaForCausalLM
+
+from launcher.report.page import page
+from launcher.run_directory import TASK, RunDirectory
+from launcher.verify.world import run_world
+from parallel.checkpoint.stream import StoredTensors
+from tests.launcher.test_exact_resume import stopped
+from tests.launcher.test_tasks import HARNESS, task
+from tests.launcher.test_train import records
+from tests.launcher.tiny import configuration, run, texts
+
+assert lm_eval.evaluator
+assert LlamaForCausalLM
+pytestmark = pytest.mark.distributed
+
+
+def asking(directory: Path) -> dict[str, Any]:
+    """`evaluate.tasks` with a task of each kind that a causal model can be asked."""
+    documents = [{"text": text, "origin": name} for name in ("code", "prose") for text in texts(name, 2)]
+    choices = [{"question": "iron", "options": [" ore", " clay fire", " air"], "answer": each} for each in (0, 1, 2)]
+    ask = {"kind": "multiple_choice", "prompt": "{question}", "choices": "options", "target": "answer"}
+    drawn = {"tokens": 3, "temperature": 0.8, "seed": 7}
+    files = [
+        task(directory, documents, name="long", kind="perplexity", group="origin", stride=8),
+        task(directory, choices, name="choose", **ask),
+        task(directory, [{"text": "iron", "label": "ore"}], name="write", kind="generation", decoding=drawn),
+    ]
+    (directory / "more").mkdir()
+    data = {"data_files": {"test": str(directory / "choose.jsonl")}}
+    (directory / "more" / "furnace.yaml").write_text(yaml.safe_dump({**HARNESS, "dataset_kwargs": data}))
+    harness = {"harness": ["furnace"], "include": str(directory / "more")}
+    return {"files": list(map(str, files)), **harness, "every_steps": 4}
+
+
+def trained(directory: Path, store: Path, layout: Mapping[str, int], tasks: Mapping[str, Any], *options: str) -> Path:
+    """The run of a configuration with dropout that asks these tasks."""
+    directory.mkdir(exist_ok=True)
+    ranks = math.prod(value for name, value in layout.items() if name != "zero_stage")
+    ranks *= 2 if "zero_stage" in layout else 1
+    model = {"layers": 2, "hidden_size": 32, "heads": 4, "kv_heads": 2, "ffn_hidden_size": 48, "dropout": 0.1}
+    train = {"steps": 8, "global_batch_size": 4, "micro_batch_size": 2, "sequence_length": 32, "log_every_steps": 1}
+    sections = {"model": model, "train": {**train, "deterministic": True}, "evaluate": {"tasks": dict(tasks)}}
+    config = configuration(directory, store, **sections, parallel=dict(layout))
+    codes, said = run("train", config, *options, ranks=ranks)
+    assert codes == [0] * ranks, said
+    return config
+
+
+def asked(directory: Path) -> dict[tuple[int, str], dict[str, Any]]:
+    """The lines of `tasks.jsonl` that the training wrote, by step and task; later ones win."""
+    lines = [dict(line) for line in RunDirectory(directory / "run").tasks if "checksum" not in line]
+    return {(line.pop("step"), line.pop("task")): line for line in lines}
+
+
+@pytest.mark.truth
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [
+        ({}, "fp32"),
+        ({"zero_stage": 1}, "bf16"),
+        ({"zero_stage": 3}, "fp32"),
+        ({"tensor": 2, "pipeline": 2}, "fp32"),
+    ],
+    ids=["one", "zero1-bf16", "zero3", "tp2-pp2"],
+)
+def test_training_asks_what_evaluate_asks_and_goes_on_unchanged(
+    tmp_path: Path, store: Path, layout: dict[str, int], precision: str
+) -> None:
+    tasks = asking(tmp_path)
+    config = trained(tmp_path / "asks", store, layout, tasks, f"precision={precision}")
+    trained(tmp_path / "alone", store, layout, {}, f"precision={precision}")
+    directory = RunDirectory(tmp_path / "asks" / "run")
+    found = {record["step"]: record["tasks"] for record in directory.metrics if "tasks" in record}
+    assert sorted(found) == [4, 8]
+    assert records(tmp_path / "asks") == records(tmp_path / "alone")
+    assert weights(tmp_path / "asks") == weights(tmp_path / "alone")
+    named = [word for file in tasks["files"] for word in ("--task", file)]
+    named += ["--harness", "furnace", "--include", tasks["include"]]
+    ranks = math.prod(value for name, value in layout.items() if name != "zero_stage") * (1 + ("zero_stage" in layout))
+    kept = asked(tmp_path / "asks")
+    assert {name for _, name in kept} == {"long", "choose", "write", "furnace"}
+    copy = tmp_path / "copy.json"
+    codes, said = run("evaluate", f"{tmp_path / 'asks' / 'run'}@4", *named, "--json", copy, ranks=ranks)
+    assert codes == [0] * ranks, said
+    for name, figures in json.loads(copy.read_text())["tasks"].items():
+        assert kept[4, name] == {"checkpoint": "step-00000004", **figures}
+        numbers = {f"{name}.{figure}": value for figure, value in figures.items() if isinstance(value, float)}
+        assert numbers.items() <= found[4].items()
+    assert config.is_file()
+
+
+def weights(directory: Path) -> dict[str, bytes]:
+    """Of the last checkpoint, to the bit."""
+
+    def read() -> dict[str, bytes]:
+        tensors = StoredTensors(directory / "run" / "checkpoints" / "step-00000008")
+        return {name: tensors.read(name).view(-1).view(torch.uint8).numpy().tobytes() for name in tensors.shapes}
+
+    return run_world(read, 1)[0]
+
+
+def test_a_resumed_run_asks_again_what_comes_after(tmp_path: Path, store: Path) -> None:
+    tracking = ("tracking.tensorboard=true", "checkpoint.every_steps=1")
+    config = trained(tmp_path / "whole", store, {}, asking(tmp_path), *tracking)
+    copy = stopped(tmp_path, config, 6)
+    codes, said = run("train", config, *tracking, f"run.dir={copy}")
+    assert codes == [0], said
+    assert records(copy.parent) == records(tmp_path / "whole")
+    assert asked(copy.parent) == asked(tmp_path / "whole")
+    directory = RunDirectory(copy)
+    told = [event for event in directory.events if event["event"] == TASK]
+    assert [(event["step"], event["task"]) for event in told] == [
+        (step, name) for step in (4, 8, 8) for name in ("long", "choose", "write", "furnace")
+    ]
+    curves = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    read = curves.EventAccumulator(str(directory.tensorboard))
+    read.Reload()
+    drawn = {point.step: point.value for point in read.Scalars("tasks/long/code/bits_per_byte")}
+    assert drawn == pytest.approx({step: asked(copy.parent)[step, "long"]["code/bits_per_byte"] for step in (4, 8)})
+    shown = page(directory)
+    assert "<b>Tasks</b> figures from 0 to 1" in shown
+    assert '"choose.accuracy"' in shown
+    assert "long.perplexity" not in shown.partition("<b>Tasks</b>")[2].partition("</figure>")[0]
+    codes, said = run("evaluate", f"{copy}@6", "--task", tmp_path / "choose.yaml")
+    assert codes == [0], said
+    read = curves.EventAccumulator(str(directory.tensorboard / "evaluate"))
+    read.Reload()
+    assert [point.step for point in read.Scalars("tasks/choose/accuracy")] == [6]
+
+
+def test_a_task_that_is_wrong_is_told_before_the_first_step(tmp_path: Path, store: Path) -> None:
+    good = {"name": "t", "kind": "multiple_choice", "choices": ["a", "b"]}
+    right = [{"text": "x", "label": "a"}]
+    long = {"name": "t", "kind": "generation", "decoding": {"tokens": 99}}
+    learned = ["model.family=gpt2", "model.position=learned", "model.positions=32", "model.kv_heads=null"]
+    for number, (content, written, options, sentence) in enumerate(
+        (
+            (good, right, ["evaluate.tasks.every_steps=null"], "evaluate.tasks.every_steps is None: expected a number"),
+            (good, right, ["evaluate.tasks.files=[gone.yaml]"], "evaluate.tasks.files is 'gone.yaml': expected a YAML"),
+            (good, right, ["evaluate.tasks.include=gone"], "evaluate.tasks.include is 'gone': expected a directory"),
+            (good, right, ["evaluate.tasks.limit=0"], "evaluate.tasks.limit is 0: expected a number above 0"),
+            (good, right, ["evaluate.tasks.harness=[t]"], "evaluate.tasks is 't': expected each task once"),
+            ({**good, "kind": "guess"}, right, [], "describes no task"),
+            (good, [{"text": "x", "label": "c"}], [], "evaluate.tasks: the task t: the answer 'c' is none of"),
+            ({**good, "prompt": "{question}"}, right, [], "cannot be filled"),
+            ({"name": "t", "kind": "cloze"}, right, [], "expected an encoder"),
+            (long, right, learned, "expected fewer than the 32 positions of the model"),
+        )
+    ):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        tasks = {"files": [str(task(directory, written, **content))], "every_steps": 4}
+        config = configuration(directory, store, evaluate={"tasks": tasks})
+        codes, said = run("train", config, *options)
+        assert (codes, sentence in said) == ([2], True), said
+        assert not (directory / "run" / "metrics.jsonl").exists(), sentence
