@@ -63,6 +63,7 @@ def code_hash(files: Mapping[str, str]) -> str:
     return hash_bytes(json.dumps(dict(sorted(files.items()))).encode())
 
 
+@cache
 def versions() -> dict[str, str]:
     """Of Python and of the packages that compute."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}

@@ -71,8 +71,8 @@ class RunDirectory:
 
     def differences(self, config: RunConfig) -> dict[str, tuple[Any, Any]]:
         """{key: (value in the run, value now)} of everything that differs from the run's configuration."""
-        if not self.config.is_file():
-            return {}
+        if not self.config.is_file() or self.config.read_bytes() == configuration.as_yaml(config).encode():
+            return {}  # as a start asks three times, and to read the tree again takes 60 ms
         before = configuration.flatten(configuration.to_dict(configuration.load([self.config])))
         now = configuration.flatten(configuration.to_dict(config))
         keys = list(dict.fromkeys((*before, *now)))

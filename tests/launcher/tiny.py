@@ -28,13 +28,15 @@ from data_pipeline import tokenizer
 from data_pipeline.store import StoreWriter, TokenizedDocument
 from data_pipeline.tokenizer import Tokenizer
 from launcher import changes, cli, config
+from parallel.checkpoint import manifest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _WORDS = ("iron", "ore", "charcoal", "bellows", "furnace", "slag", "hammer", "fire", "clay", "smith", "air", "heat")
 DOCUMENTS = 60
 assert transformers
 changes.code_files()  # read once, so that nobody who edits a file meanwhile makes the next fork a changed run
-config.load([])  # so that forked ranks find its tables made
+config.load([])  # so that forked ranks find its tables made, and versions looked up
+changes.versions(), manifest.versions()
 
 
 def texts(source: str, count: int = DOCUMENTS) -> list[str]:
