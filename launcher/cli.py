@@ -10,6 +10,7 @@ interrupted; 1 anything else, with its stack trace.
 """
 
 import difflib
+import gc
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -143,12 +144,22 @@ def _dispatch(given: list[str]) -> int:
         near = difflib.get_close_matches(given[0], VERBS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(VERBS)}."
         raise UserError(f"{given[0]} is not a verb of bloomery: {hint}")
-    answer: Any = importlib.import_module(verb.module).main(given[1:])
+    answer: Any = _imported(verb.module).main(given[1:])
     if isinstance(answer, Work):
         with quiet_imports(answer.rank, answer.logs):
-            module = importlib.import_module(answer.module)
+            module = _imported(answer.module)
         return module.work(answer.job)
     return answer
+
+
+def _imported(name: str) -> Any:
+    """A module and all that it needs, which is not searched for garbage: a tenth of the start, and 0.3 s a search."""
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _told(error: UserError) -> str:

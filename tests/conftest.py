@@ -3,8 +3,9 @@
 It is set before anything imports torch or DeepSpeed, because both read it once.
 """
 
+import gc
+import importlib
 import os
-import warnings
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,17 @@ if not Path("/dev/nvidiactl").exists():
 
 os.environ.update(_ENVIRONMENT)
 
-# The libraries below us warn of their own deprecations on import; only what runs later is held to account.
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import megatron.core.models.hybrid.hybrid_model  # noqa: F401
-    from deepspeed.runtime import engine  # noqa: F401
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Whoever runs tests imports the libraries; not the process that deals them out to workers."""
+    if not config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+        importlib.import_module("tests.libraries")
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is looked for, but in what the tests make alone."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

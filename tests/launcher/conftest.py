@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.libraries  # noqa: F401  before what needs them
 from tests.launcher.tiny import make_store
 
 
