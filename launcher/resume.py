@@ -12,7 +12,7 @@ from data_pipeline.examples.kinds import Facts
 from launcher.assemble import Parts
 from launcher.config import RunConfig
 from launcher.places import find_step
-from model.families import begins_anew
+from model.families import before_classes, begins_anew
 from parallel.checkpoint.agreement import agreed, exchange
 from parallel.checkpoint.manifest import Manifest
 from parallel.common.errors import UserError
@@ -48,6 +48,7 @@ def begin(parts: Parts, config: RunConfig) -> Path | None:
         origin,
         {name: parts.participants[name] for name in names},
         may_differ=lambda name: anew and begins_anew(config.model, name.removeprefix(f"{Kind.weight}.")),
+        stands_for=before_classes if anew else str,
     )
     if config.checkpoint.load_parts is LoadParts.weights_and_moments:
         parts.engine.restart_schedule()

@@ -222,6 +222,12 @@ def form(model: ModelConfig, asked: str | None) -> str:
     return f"encoder_{found}" if found == "classes" and family(model).architecture is Architecture.encoder else found
 
 
+def before_classes(name: str) -> str:
+    """What a parameter is called in the model that has no head for classes yet: a text's pooler is that of BERT's next
+    sentences, where it learnt them, as in `transformers`."""
+    return name.replace("classifier.pooler.", "next_sentence_head.pooler.")
+
+
 _HEADS = ("output_layer.", "masked_head.", "output_bias.", "next_sentence_head.", "classifier.")
 
 

@@ -1,11 +1,13 @@
 """The adapters of a checkpoint alone, as `peft` reads them: adapter_model.safetensors and adapter_config.json.
 
-`peft.PeftModel.from_pretrained(base, DIR)` puts them on the base model, wherever that is kept. An adapter of ours is
+`peft.PeftModel.from_pretrained(base, DIR)` puts them on the base model, wherever that is kept; where its name is known,
+`peft.AutoPeftModelForCausalLM.from_pretrained(DIR)` finds it. An adapter of ours is
 one of a projection, and so is one of `peft` where the family keeps projections apart. Where it has queries, keys and
 values in one matrix (GPT-2, GPT-NeoX), theirs is one adapter of all ranks together: the A stand below each other, and
 each B in columns of its own. A head for classes, which is trained besides, goes with them (`modules_to_save`).
 """
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from launcher.conversion.check import compare_logits, missing_transformers
 from launcher.conversion.export import Weights, check_names, described_model, theirs
 from launcher.conversion.in_memory import in_transformers
 from launcher.outcome import Outcome
+from launcher.places import find_step
 from launcher.runtime import in_ranks
 from launcher.verbs.conversion import ExportJob
 from launcher.work import Ranks
@@ -30,6 +33,7 @@ from model.hf.families import pairs_of
 from model.hf.pairs import Pair
 from model.lora import in_turns, without
 from model.projections import A, B, adapted, projections, scale
+from parallel.checkpoint.manifest import Manifest
 from parallel.checkpoint.stream import StoredTensors
 from parallel.common.errors import UserError
 from parallel.common.files import write_json
@@ -39,6 +43,8 @@ PEFT = Lazy("peft")
 _TASKS = {Architecture.causal: "CAUSAL_LM", Architecture.encoder_decoder: "SEQ_2_SEQ_LM"}
 _CLASSES = {Classified.texts: "SEQ_CLS", Classified.tokens: "TOKEN_CLS"}
 _PREFIX = "base_model.model."
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,13 +84,33 @@ def _exported(job: ExportJob, ranks: Ranks) -> Outcome:
     beside.mkdir(parents=True)
     try:
         found = list(adapters(whole, pairs, tensors))
-        write_adapters(beside, whole, pairs, found, heads(whole, pairs, tensors), dtype)
+        base = job.base or base_of(config.checkpoint.load)
+        write_adapters(beside, whole, pairs, found, heads(whole, pairs, tensors), dtype, base=base)
         if job.check:
             _compare(beside, config, whole, tensors, dtype)
         beside.rename(job.output)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+    if base is None:
+        logger.warning("%s names no base model, for the run began with no import: --base NAME does", job.output)
     return Outcome(attempt=ranks.attempt, exit_code=0, message=f"exported the adapters to {job.output}")
+
+
+def base_of(load: str | None) -> str | None:
+    """What the frozen weights of a run that began with the checkpoint `load` were imported from; None if nobody knows.
+
+    Where that run had adapters too, its frozen weights are those that it began with itself.
+    """
+    while load is not None:
+        try:
+            manifest = Manifest.read(find_step(load))
+        except UserError:  # it is gone
+            return None
+        if "from" in manifest.layout:
+            return manifest.layout["from"]
+        adapted_too = manifest.config["model"].get("lora", {}).get("rank") is not None
+        load = manifest.config["checkpoint"]["load"] if adapted_too else None
+    return None
 
 
 def adapters(model: ModelConfig, pairs: list[Pair], tensors: Weights) -> Iterator[Theirs]:
@@ -131,8 +157,10 @@ def write_adapters(
     found: list[Theirs],
     besides: Mapping[str, Tensor],
     dtype: torch.dtype,
+    *,
+    base: str | None = None,
 ) -> None:
-    """Both files."""
+    """Both files; `base` is the model that they are for, as `transformers` loads it."""
     tensors = {
         f"{_PREFIX}{each.module}.{name}.weight": tensor.to(dtype).contiguous()
         for each in found
@@ -146,7 +174,7 @@ def write_adapters(
     said: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": _CLASSES[model.classes.of] if besides else _TASKS.get(family(model).architecture),
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": factor * rank,
         "lora_dropout": model.lora.dropout,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from omegaconf import MISSING
 from torch import Tensor
 
 from data_pipeline.examples.kinds import Facts
@@ -254,6 +255,9 @@ def around(tokenizer: Tokenizer, config: RunConfig) -> tuple[list[int], list[int
     model, end = config.model, [tokenizer.end_of_document]
     if model.classes.number and Facts.read(Path(config.data.store)) is None:
         return tokenizer.around  # it was imported, and has learnt with its tokenizer's own
+    own, imported = tokenizer.around, config.data.store == MISSING
+    if imported and families.family(model).architecture is families.Architecture.encoder and own != ([], []):
+        return own  # and so has this one, which never saw an end of ours
     architecture = families.family(model).architecture
     if architecture is families.Architecture.causal:
         return (end, []) if model.classes.number else ([], [])

@@ -59,7 +59,7 @@ def _imported(job: ImportJob, ranks: Ranks) -> Outcome:
     shutil.rmtree(beside, ignore_errors=True)
     try:
         run = RunDirectory(beside)
-        _write_step(run.checkpoints, config, foreign, kinds, job.format, ranks.attempt)
+        _write_step(run.checkpoints, config, foreign, kinds, job, ranks.attempt)
         configuration.save(config, run.config)
         configuration.save_section(config, "model", beside / "model.yaml")
         if foreign.tokenizer is not None:
@@ -78,6 +78,12 @@ def _imported(job: ImportJob, ranks: Ranks) -> Outcome:
     logger.info("%s: a %s of %s parameters, step 0 of a run: %s", job.output, model.family, count, held)
     logger.info("go on from it: bloomery train %s/model.yaml CONFIG checkpoint.load=%s", job.output, job.output)
     return Outcome(attempt=ranks.attempt, exit_code=0, message=f"imported to {job.output}")
+
+
+def model_name(source: Path) -> str:
+    """What `transformers` loads: the name of a model whose files stand in the hub's cache, else the directory."""
+    names = [part for part in source.absolute().parts if part.startswith("models--")]
+    return names[-1].removeprefix("models--").replace("--", "/") if names else str(source.resolve())
 
 
 def _opened(job: ImportJob) -> Foreign:
@@ -124,7 +130,7 @@ def _shapes(foreign: Foreign) -> Iterator[tuple[Pair, Tensor]]:
 
 
 def _write_step(
-    checkpoints: Path, config: RunConfig, foreign: Foreign, kinds: tuple[Kind, ...], origin: str, attempt: str
+    checkpoints: Path, config: RunConfig, foreign: Foreign, kinds: tuple[Kind, ...], origin: ImportJob, attempt: str
 ) -> None:
     """Step 0, with moments where they are taken over."""
     shapes = list(_shapes(foreign))
@@ -143,7 +149,7 @@ def _write_step(
         participants=participants,
         states=states,
         config=config,
-        layout={"imported": config.model.family, "format": origin},
+        layout={"imported": config.model.family, "format": origin.format, "from": model_name(origin.source)},
         attempt=attempt,
     )
 

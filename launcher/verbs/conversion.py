@@ -30,6 +30,8 @@ class ExportJob:
     ranks: Ranks
     averaged: bool = False
     """The average of the weights over the steps instead of the weights."""
+    base: str | None = None
+    """Of adapters alone: the model that they are for, as `transformers` loads it."""
 
 
 class ImportFormat(StrEnum):
@@ -86,7 +88,7 @@ def average_main(arguments: Sequence[str]) -> Work:
 
 def export_main(arguments: Sequence[str]) -> Work:
     """Parses `CHECKPOINT --output DIR [--format hf] [--dtype D] [--shard-gigabytes N] [--no-check] [--average]
-    [--adapter]`."""
+    [--adapter [--base NAME]]`."""
     parser = argparse.ArgumentParser(
         prog="bloomery checkpoint export",
         description="Writes a checkpoint's weights as safetensors with config.json and tokenizer, which "
@@ -108,7 +110,15 @@ def export_main(arguments: Sequence[str]) -> Work:
         help="the adapters alone (model.lora), as peft.PeftModel.from_pretrained(BASE, DIR) reads them; without this "
         "they are merged into the weights",
     )
+    parser.add_argument(
+        "--base",
+        metavar="NAME",
+        help="with --adapter: the model that they are for, a name of the hub or a directory (default: what the run's "
+        "weights were imported from)",
+    )
     options = parser.parse_args(list(arguments))
+    if options.base is not None and not options.adapter:
+        raise UserError("--base is for --adapter: merged weights need no other model.")
     checkpoint = find_checkpoint(options.checkpoint)
     job = ExportJob(
         checkpoint=checkpoint,
@@ -118,6 +128,7 @@ def export_main(arguments: Sequence[str]) -> Work:
         check=options.check,
         ranks=_alone("export"),
         averaged=options.average,
+        base=options.base,
     )
     module = "launcher.conversion.adapter" if options.adapter else "launcher.conversion.export"
     return Work(module=module, job=job, rank=0, logs=checkpoint.run.logs)

@@ -194,6 +194,7 @@ class Checkpoints:
         participants: Mapping[str, Stateful],
         *,
         may_differ: Callable[[str], bool] = lambda _: False,
+        stands_for: Callable[[str], str] = lambda name: name,
     ) -> Manifest:
         """Gives each participant its state back from a step directory, after verifying it; every rank calls this.
 
@@ -201,12 +202,13 @@ class Checkpoints:
             path: the step directory.
             participants: who gets a state back.
             may_differ: whether a tensor, by its name, may be on one side alone.
+            stands_for: under which name the checkpoint may have one instead.
 
         Raises:
             UserError: on all ranks; see `parallel.checkpoint.load`.
         """
         self.copied()
-        manifest = load(path, participants, self._group, may_differ=may_differ)
+        manifest = load(path, participants, self._group, may_differ=may_differ, stands_for=stands_for)
         logger.info("loaded %s, written by attempt %s in layout %s", path, manifest.attempt, manifest.layout)
         return manifest
 

@@ -5,7 +5,8 @@ refused by its name. No file's content is run as code; see `shards` for the tens
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ def load(
     group: ProcessGroup | None = None,
     *,
     may_differ: Callable[[str], bool] = lambda _: False,
+    stands_for: Callable[[str], str] = lambda name: name,
 ) -> Manifest:
     """Gives each participant its state back from the step directory `path`; every rank calls this.
 
     A participant with tensors is asked for its `state_dict()` first: its sharded tensors say which part of which
     global tensor this rank wants, in any layout. A participant that refuses its JSON state must do so on all ranks.
     Participants of the checkpoint that are not asked for are passed over, and so are `Dispensable` ones that it lacks.
-    So are tensors of which `may_differ`, told the name, says so: what the checkpoint lacks stays as it is.
+    So are tensors of which `may_differ`, told the name, says so: what the checkpoint lacks stays as it is. A tensor
+    that it lacks, and has under the name that `stands_for` gives, is that one.
 
     Raises:
         DamagedCheckpoint: on all ranks; a file is not what was written.
@@ -57,8 +60,9 @@ def load(
         for name, participant in participants.items()
         if manifest.participants[name] is not None
     }
-    _check_keys(path, manifest, templates, group, may_differ)
     stored = {name for names in manifest.participants.values() for name in names or ()}
+    templates = {name: _under_its_name(template, stored, stands_for) for name, template in templates.items()}
+    _check_keys(path, manifest, templates, group, may_differ)
     with agreed(doing, group):
         shards = [tensor for template in templates.values() for tensor in template.values() if tensor.key in stored]
         inside = {
@@ -74,6 +78,18 @@ def load(
         else:
             participant.load_state_dict(states[name])
     return manifest
+
+
+def _under_its_name(
+    template: Mapping[str, ShardedTensor], stored: Set[str], stands_for: Callable[[str], str]
+) -> dict[str, ShardedTensor]:
+    """The same shards, live memory still, of the tensors that the checkpoint has."""
+    return {
+        place: replace(tensor, key=stands_for(tensor.key))
+        if tensor.key not in stored and stands_for(tensor.key) in stored
+        else tensor
+        for place, tensor in template.items()
+    }
 
 
 def _json_states(path: Path, manifest: Manifest, participants: Mapping[str, Stateful]) -> dict[str, Any]:

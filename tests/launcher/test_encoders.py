@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 import yaml
@@ -159,6 +160,35 @@ def test_what_is_exported_comes_back_with_the_same_evaluation(name: str, store: 
     assert found[1]["losses"] == pytest.approx(found[0]["losses"], rel=1e-5)
     assert found[1]["baselines"] == found[0]["baselines"]
     assert found[1]["tokens"] == found[0]["tokens"] > 100
+
+
+@pytest.mark.truth
+def test_gaps_of_an_imported_bert_are_filled_as_by_transformers(tmp_path: Path) -> None:
+    """It never saw an end of a document of ours: around a text stands what its own tokenizer puts there."""
+    words = sorted({word for text in texts("code") for word in text.split()})
+    ids = {word: number for number, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words))}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(ids, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    named = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **named).save_pretrained(tmp_path / "bert")
+    torch.manual_seed(2)
+    config = transformers.BertConfig(
+        vocab_size=len(ids), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=32, initializer_range=0.3,
+    )  # fmt: skip
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    assert in_process(import_main, tmp_path / "bert", "--output", tmp_path / "run") == 0
+    text = "iron [MASK] clay [MASK]"
+    codes, said = run("generate", tmp_path / "run", "--prompt", text, "--json", tmp_path / "filled.json")
+    assert codes == [0], said
+    pipeline = transformers.pipeline("fill-mask", model=str(tmp_path / "bert"))
+    (filled,) = json.loads((tmp_path / "filled.json").read_text())
+    for ours, theirs in zip(filled["candidates"], pipeline(text), strict=True):
+        assert [word for word, _ in ours] == [each["token_str"] for each in theirs]
+        assert [share for _, share in ours] == pytest.approx([each["score"] for each in theirs], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,11 @@ from launcher import config as run_configuration
 from launcher.assemble import make_engine, vocabulary_size
 from launcher.evaluation.metrics import classified, tagged
 from launcher.objective import objective_of, plan_of
+from launcher.places import find_checkpoint
 from launcher.verbs.conversion import export_main, import_main
 from launcher.verify.world import run_world
 from parallel.checkpoint.load import load
+from parallel.checkpoint.stream import StoredTensors
 from parallel.config import ParallelConfig
 from parallel.topology import Topology
 from tests.launcher.test_conversion import in_process
@@ -270,6 +272,35 @@ def words_with_labels(count: int) -> list[dict[str, list[str]]]:
             labels.append("B-TOOL" if word == "hammer" else f"{'I' if goes_on else 'B'}-ORE" if ore else "O")
         found.append({"words": words, "labels": labels})
     return found
+
+
+@pytest.mark.truth
+def test_a_pooler_that_learnt_next_sentences_goes_on(store: Path, tmp_path: Path) -> None:
+    """As `transformers` has it of the same files; what else stands on the encoder begins anew."""
+    learnt = configuration(tmp_path, store, model=BERT | {"next_sentence": True}, train={"steps": 4})
+    codes, said = run("train", learnt)
+    assert codes == [0], said
+    file = written(tmp_path / "labels.jsonl", labelled(40))
+    codes, said = run("data", "examples", file, "--tokenizer", store, "--output", tmp_path / "s")
+    assert codes == [0], said
+    sections = {"model": BERT | {"classes": {"number": 2}}, "train": {"steps": 1}, "parallel": {"tensor": 2}}
+    still = ("optimizer.learning_rate=1e-12", "optimizer.weight_decay=0", "optimizer.schedule.warmup_steps=0")
+    codes, said = run(
+        "train", tuned(tmp_path / "sorter", tmp_path / "s", tmp_path / "run", **sections), *still, ranks=2
+    )
+    assert codes == [0, 0], said
+
+    def compare() -> None:
+        before, after = (
+            StoredTensors(find_checkpoint(str(path)).path) for path in (tmp_path / "run", tmp_path / "sorter" / "run")
+        )
+        for kind in ("weight", "bias"):
+            ours, theirs = f"weight.classifier.pooler.{kind}", f"weight.next_sentence_head.pooler.{kind}"
+            torch.testing.assert_close(after.read(ours), before.read(theirs), rtol=0, atol=1e-8)
+            assert theirs not in after.shapes
+        assert after.read("weight.classifier.output.weight").shape == (2, 32)
+
+    assert run_world(compare, 1) == [None]
 
 
 def test_an_encoder_learns_classes_of_words_that_transformers_finds_too(store: Path, tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from launcher.conversion import adapter, export
-from launcher.conversion.adapter import Theirs, adapters, heads, write_adapters
+from launcher.conversion.adapter import Theirs, adapters, base_of, heads, write_adapters
 from launcher.conversion.check import compare_logits, our_outputs
 from launcher.conversion.export import Weights
+from launcher.conversion.importing import model_name
 from launcher.conversion.in_memory import in_transformers
 from launcher.places import find_checkpoint
-from launcher.verbs.conversion import export_main
+from launcher.verbs.conversion import export_main, import_main
 from launcher.verify.batches import Traits
 from launcher.verify.matrix import row
 from launcher.verify.measure import Case, batch_of, engine_of
@@ -31,9 +32,11 @@ from model.lora import change, without
 from model.projections import is_adapter
 from model.size import flops_per_token, parameter_count
 from parallel.checkpoint.stream import StoredTensors
+from parallel.common.errors import UserError
 from parallel.config import ParallelConfig
 from parallel.engine import Engine
 from tests.distributed.layouts import MODEL, VOCABULARY, tiny
+from tests.launcher.test_conversion import in_process
 from tests.launcher.test_exact_resume import stopped
 from tests.launcher.test_finetune import conversations, written
 from tests.launcher.test_train import records
@@ -260,11 +263,36 @@ def test_merged_and_apart_they_are_what_was_trained(base: Path, tuned: Path, tmp
     assert float((by_peft - ours).abs().max()) < 1e-6 * largest
 
 
+def test_adapters_of_an_import_name_their_base(base: Path, tuned: Path, store: Path, tmp_path: Path) -> None:
+    exported(base, "--output", tmp_path / "hf")
+    assert in_process(import_main, tmp_path / "hf", "--output", tmp_path / "imported", "--no-check") == 0
+    config = adapting(tmp_path / "first", store, tmp_path / "imported", train={"steps": 4})
+    codes, said = run("train", tmp_path / "imported" / "model.yaml", config)
+    assert codes == [0], said
+    more = adapting(tmp_path / "more", store, tmp_path / "first" / "run", train={"steps": 4})
+    codes, said = run("train", tmp_path / "imported" / "model.yaml", more)
+    assert codes == [0], said
+    exported(tmp_path / "more" / "run", "--output", tmp_path / "adapter", "--adapter")
+    tokens = torch.randint(0, 380, (2, 32), generator=torch.Generator().manual_seed(0))
+    (ours,) = run_world(lambda: live(tmp_path / "more" / "run", tokens), 1)
+    with torch.no_grad():
+        theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")(tokens).logits
+    assert float((theirs - ours).abs().max()) < 1e-6 * float(ours.abs().max())
+    assert base_of(str(base)) is base_of(str(tmp_path / "gone")) is None
+    arguments = (tuned / "run", "--output", tmp_path / "named", "--base", "org/name")
+    exported(*arguments, "--adapter", "--no-check")
+    said = json.loads((tmp_path / "named" / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == "org/name"
+    with pytest.raises(UserError, match="--base is for --adapter"):
+        export_main(list(map(str, arguments)))
+    assert model_name(Path("/home/me/.cache/hub/models--Qwen--Qwen3-0.6B/snapshots/c1")) == "Qwen/Qwen3-0.6B"
+
+
 @torch.no_grad()
 def live(path: Path, tokens: Tensor) -> Tensor:
     """Logits of our model with its adapters beside its matrices, [batch, sequence, vocabulary]."""
-    stored = Weights(StoredTensors(path / "checkpoints" / "step-00000012"))
-    config = find_checkpoint(str(path)).config()
+    found = find_checkpoint(str(path))
+    stored, config = Weights(StoredTensors(found.path)), found.config()
     model = replace(config.model, vocabulary_size=stored.shapes["embedding.word_embeddings.weight"][0])
     batch = {
         "tokens": tokens,
