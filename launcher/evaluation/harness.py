@@ -20,6 +20,7 @@ from launcher.evaluation.scoring import Row, windows
 from launcher.evaluation.task import HarnessTasks
 from launcher.generation.options import Options
 from model import families
+from model.config import ModelConfig
 from parallel.common.errors import UserError
 from parallel.common.lazy import Lazy
 
@@ -86,12 +87,15 @@ class Answers:
 class Harness:
     """Some tasks of the harness: read once, so that nobody asks the network in the middle of a run."""
 
-    def __init__(self, wanted: HarnessTasks) -> None:
-        """Reads the tasks and their data.
+    def __init__(self, wanted: HarnessTasks, model: ModelConfig) -> None:
+        """Reads the tasks, to be put to such a model, and their data.
 
         Raises:
-            UserError: it is not installed, does not know a task, or cannot read its data.
+            UserError: it has nothing to ask this model, is not installed, does not know a task, or cannot read its
+                data.
         """
+        if families.family(model).architecture is not families.Architecture.causal or model.classes.number:
+            raise UserError("the harness asks how likely texts are: expected a causal model that predicts tokens.")
         if not _LM_EVAL.is_installed:
             raise UserError("tasks of the harness need lm-evaluation-harness: pip install 'bloomery[eval]'.")
         manager = _manager(wanted)
@@ -114,13 +118,7 @@ class Harness:
                 task.set_config("num_fewshot", 0)
 
     def figures(self, asked: Asked, *, limit: int | None = None) -> dict[str, dict[str, Any]]:
-        """By task, on the first rank, of so many questions each; every rank calls this.
-
-        Raises:
-            UserError: the harness has nothing to ask this model.
-        """
-        if asked.architecture is not families.Architecture.causal or asked.config.model.classes.number:
-            raise UserError("the harness asks how likely texts are: expected a causal model that predicts tokens.")
+        """By task, on the first rank, of so many questions each; every rank calls this."""
         live = type("LiveModel", (Answers, _MODEL.TemplateLM), {})
         _seed()
         for task in self._loaded["tasks"].values():

@@ -19,12 +19,15 @@ from launcher.generation.writer import MASK, Writer
 class TaskSet:
     """Tasks with their data."""
 
-    def __init__(self, questions: Questions) -> None:
-        """Raises:
-        UserError: something of the harness cannot be read.
+    def __init__(self, questions: Questions, config: RunConfig) -> None:
+        """For the model of a run.
+
+        Raises:
+            UserError: the harness has nothing to ask it, or something cannot be read.
         """
         self._tasks = questions.tasks
-        self._harness = Harness(questions.harness) if questions.harness.names else None
+        self._config = config
+        self._harness = Harness(questions.harness, config.model) if questions.harness.names else None
 
     def figures(self, asked: Asked) -> dict[str, dict[str, Any]]:
         """By task, whole on the first rank; all ranks call this together.
@@ -37,13 +40,13 @@ class TaskSet:
             found[task.name] = {"kind": task.kind.value, "records": len(records), **ask(asked, task, records)}
         return found if self._harness is None else found | self._harness.figures(asked)
 
-    def rehearse(self, config: RunConfig, run: Path) -> None:
-        """Puts them to nobody, of the harness a question each.
+    def rehearse(self, run: Path) -> None:
+        """Puts them to nobody, of the harness a question each; `run` is the run's directory.
 
         Raises:
             UserError: a task cannot be put to this run's model, or its records are not what it says.
         """
-        nobody = Nobody(config, run)
+        nobody = Nobody(self._config, run)
         for task, records in self._tasks:
             ask(nobody, task, records)
         if self._harness is not None:

@@ -46,7 +46,7 @@ def _asked(job: TaskJob, ranks: Ranks) -> Outcome:
         engine=partial(_loaded, job),
         model=lambda: None if ranks.rank else in_memory(job.checkpoint),
     )
-    found = TaskSet(job.questions).figures(asked)
+    found = TaskSet(job.questions, job.config).figures(asked)
     if ranks.rank == 0:
         keep(job, found)
         tell(job, found)

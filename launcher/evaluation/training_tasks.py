@@ -62,8 +62,8 @@ class TrainingTasks:
         with agreed("read evaluate.tasks"), same_random_states():
             try:
                 questions = Questions(tasks=tuple(read_task(Path(file)) for file in tasks.files), harness=harness)
-                self._set = TaskSet(questions)
-                self._set.rehearse(config, directory.path)
+                self._set = TaskSet(questions, config)
+                self._set.rehearse(directory.path)
             except UserError as error:
                 raise UserError(f"evaluate.tasks: {error}") from error
 
