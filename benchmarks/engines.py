@@ -5,7 +5,7 @@ import torch
 from model.build import build
 from model.config import ModelConfig
 from model.objectives import Prediction
-from parallel.config import OptimizerConfig, ParallelConfig, ScheduleConfig, ScheduleName
+from parallel.config import Logits, OptimizerConfig, ParallelConfig, ScheduleConfig, ScheduleName
 from parallel.engine import Engine
 from parallel.schedules import Schedule
 from parallel.topology import Topology
@@ -28,6 +28,9 @@ def engine_of(
     chunks = build(
         model, vocabulary_size=vocabulary_size, sequence_length=sequence, dtype=dtype, topology=topology, seed=1
     )
+    if layout.logits is Logits.chunked:
+        for chunk in chunks:
+            chunk.predict_in_chunks(z_loss=0.0)
     return Engine(
         chunks,
         objective=Prediction(),

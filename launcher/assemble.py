@@ -31,7 +31,7 @@ from launcher.evaluation.validation import Validation
 from launcher.length import batch_sizes, total_steps
 from launcher.machine import known_machine
 from launcher.meter import Meter
-from launcher.objective import objective_of, plan_of, travelling_length
+from launcher.objective import objective_of, plan_of, predicts_in_chunks, travelling_length
 from launcher.prediction import Prediction, predicted, process_bytes
 from launcher.preempt import Asked, Preempt
 from launcher.profiling import Profile, StepProfile
@@ -274,6 +274,9 @@ def make_engine(
         topology=topology,
         seed=config.run.seed,
     )
+    if predicts_in_chunks(config):
+        for chunk in chunks:
+            chunk.predict_in_chunks(z_loss=config.train.z_loss)
     return Engine(
         chunks,
         objective=objective,

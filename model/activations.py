@@ -39,6 +39,8 @@ class MicroBatch:
     packed: bool = True
     """Whether samples hold several documents, so that attention goes document by document."""
     fused_norms: bool = True
+    logit_rows: int | None = None
+    """Tokens whose logits are there at a time; None: all."""
 
     @cached_property
     def tokens(self) -> int:
@@ -82,16 +84,24 @@ def shared_bytes(config: ModelConfig, batch: MicroBatch) -> int:
 
 
 def output_bytes(config: ModelConfig, batch: MicroBatch) -> int:
-    """Of the last chunk besides its blocks, but for the logits: the final norm."""
-    learns = not _is_frozen(config) or config.classes.number
+    """Of the last chunk besides its blocks, but for the logits: the final norm, whose result chunks do not keep."""
+    learns = not (_is_frozen(config) or batch.logit_rows) or config.classes.number
     return _norm_input(config, batch) + (batch.width * config.hidden_size * batch.between if learns else 0)
 
 
-def logits_bytes(vocabulary_size: int, batch: MicroBatch) -> tuple[int, int]:
-    """What the cross-entropy keeps, probabilities in fp32; and the most that is there at one time: the logits, these in
-    fp32, and their gradient."""
-    logits = batch.tokens * vocabulary_size // batch.tensor
-    return 4 * logits + 8 * batch.tokens, (batch.width + 8) * logits
+def logits_bytes(config: ModelConfig, vocabulary_size: int, batch: MicroBatch) -> tuple[int, int]:
+    """What the cross-entropy keeps, and the most that is there at one time. Whole: probabilities in fp32; the logits,
+    these in fp32, and their gradient. In chunks: gradients of hidden states and of the matrix, this in fp32; a chunk's
+    logits and their gradient besides, and its part of the matrix's."""
+    share = vocabulary_size // batch.tensor
+    if batch.logit_rows is None:
+        logits = batch.tokens * share
+        return 4 * logits + 8 * batch.tokens, (batch.width + 8) * logits
+    matrix, exact = 0 if _is_frozen(config) else share * config.hidden_size, max(4, batch.width)
+    kept = batch.width * batch.tokens * config.hidden_size + exact * matrix
+    chunk = min(batch.logit_rows, batch.tokens) * share
+    narrow = batch.width * (chunk + matrix) if batch.width < 4 else 0
+    return kept, kept + exact * chunk + narrow
 
 
 class _Part(NamedTuple):

@@ -6,6 +6,7 @@ blocks are pre-norm only, which no published BERT is, its norms refuse sequence 
 [sequence, sequence] tensors.
 """
 
+from functools import partial
 from typing import Any
 
 from megatron.core.transformer.enums import AttnMaskType
@@ -53,7 +54,13 @@ class MaskedLanguageModel(LanguageModel):
         """The logits; and with the head for it, those of the rows' pairs [batch, 2]: not following, following."""
         if self.classifier is not None:
             return self.classifier(hidden)
-        answers = () if self.next_sentence_head is None else (self.next_sentence_head(hidden),)
         logits = super().predict(self.masked_head(hidden))
-        assert isinstance(logits, Tensor)
-        return (self.output_bias(logits), *answers)
+        return (self.output_bias(lambda bias: logits + bias), *self._answers(hidden))
+
+    def losses(self, hidden: Tensor, batch: dict[str, Tensor], **_nothing: Any) -> tuple[Any, ...]:
+        """What the covered tokens cost; and as above."""
+        compute = partial(super().losses, self.masked_head(hidden), batch)
+        return (self.output_bias(lambda bias: compute(bias=bias)), *self._answers(hidden))
+
+    def _answers(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        return () if self.next_sentence_head is None else (self.next_sentence_head(hidden),)

@@ -164,11 +164,11 @@ def build(
     dtype: torch.dtype,
     topology: Topology,
     seed: int,
-) -> list[torch.nn.Module]:
+) -> list[LanguageModel]:
     """This rank's chunks of the model (one a virtual stage), initialised, on the rank's device."""
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     layer_config = transformer_config(config, dtype=dtype, topology=topology)
-    chunks: list[torch.nn.Module] = []
+    chunks: list[LanguageModel] = []
     for index in range(topology.config.virtual_pipeline):
         kind = OWN_CHUNKS.get(config.family) or _CHUNKS[family(config).architecture]
         chunk = kind(

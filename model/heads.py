@@ -5,6 +5,7 @@ through an operation whose backward sums over them; what only one rank has (the 
 by a sum.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,9 +85,9 @@ class OutputBias(MegatronModule):
         self.tp_group = topology.groups.tp
         self._dp_cp = topology.groups.dp_cp
 
-    def forward(self, logits: Tensor) -> Tensor:
-        """[sequence, batch, vocabulary / tensor] -> the same shape."""
-        return logits + self.bias
+    def forward[T](self, use: Callable[[Tensor], T]) -> T:
+        """What is made of the bias, [vocabulary / tensor], which ZeRO-3 gathers for a module's forward alone."""
+        return use(self.bias)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         state = {"bias": self.bias}

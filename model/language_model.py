@@ -4,6 +4,8 @@ megatron-core's `HybridModel` builds the embedding, the layers and the output; t
 few lines that pretraining needs, with positions and document borders per token.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from model.attention import find_pieces
 from model.config import Classified, ModelConfig, Position
+from model.cross_entropy import ChunkedCrossEntropy, LogitForm, TokenLosses
 from model.dropout import drop, token_keys
 from model.heads import Classifier
 from model.layer_context import LayerContext
@@ -74,6 +77,7 @@ class LanguageModel(HybridModel):
             )
         self.description = config
         self.logit_factor = logit_factor(config)
+        self.cross_entropy: ChunkedCrossEntropy | None = None
         self.topology = topology
         self.seed = seed
         self.rotary = self.local_rotary = None
@@ -93,13 +97,13 @@ class LanguageModel(HybridModel):
         chunks = layout.pipeline * layout.virtual_pipeline
         return layer_pattern(config, layout.pipeline_split or [config.layers // chunks] * chunks)
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, batch: dict[str, Tensor]) -> Tensor | tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """A batch (INTERFACES, cut by `ContextParallel.cut`), on the CPU or the device: `tokens` and `positions`
         [batch, sequence / context], `document_ids` and, of prefix LM, `prefix` [batch, sequence]; in training with
         dropout `sample_ids`, with experts `loss_weights` and `loss_factor`.
 
         Returns:
-            What `predict` gives on the last chunk; else hidden states
+            What `predict` gives on the last chunk, or in training `losses`, where it computes them; else hidden states
             [sequence / context (/ tensor under sequence parallelism), batch, hidden].
         """
         context = self.context(batch)
@@ -107,7 +111,9 @@ class LanguageModel(HybridModel):
         if hidden is not None and not hidden.requires_grad and self.config.recompute_granularity == "full":
             hidden.requires_grad_()  # of a frozen embedding: blocks that recompute pass no gradients back without one
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=context)
-        return self.predict(hidden) if self.post_process else hidden
+        if not self.post_process:
+            return hidden
+        return self.losses(hidden, batch) if self.training and self.cross_entropy is not None else self.predict(hidden)
 
     def embed(self, batch: dict[str, Tensor], context: LayerContext) -> Tensor:
         """Hidden states [own, batch, hidden] (`LayerContext`) of a batch's tokens."""
@@ -130,12 +136,31 @@ class LanguageModel(HybridModel):
         if self.classifier is not None:
             return self.classifier(hidden)
         assert self.output_layer is not None
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden, weight=weight)
-        if self.logit_factor != 1:
-            logits = logits * self.logit_factor
-        cap = self.description.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        products, _ = self.output_layer(hidden, weight=self._tied())
+        return self._logit_form()(products)
+
+    def predict_in_chunks(self, *, z_loss: float) -> None:
+        """From now on, in training, cross-entropy is computed here, and all logits are never there.
+
+        A plugin's chunk that predicts in its own way, and does not say what `losses` are then, stays as it is.
+        """
+        if self.post_process and self.classifier is None and _defines(type(self), "losses", "predict"):
+            self.cross_entropy = ChunkedCrossEntropy(topology=self.topology, z_loss=z_loss)
+            self.output_layer.forward = partial(_lent, self.output_layer, self.output_layer.forward)
+
+    def losses(
+        self, hidden: Tensor, batch: dict[str, Tensor], *, bias: Tensor | None = None
+    ) -> TokenLosses | tuple[Any, ...]:
+        """Of what the last block gives the cross-entropy of a batch's labels; `bias` is added to the logits."""
+        assert self.cross_entropy is not None
+        compute = partial(self.cross_entropy, batch=batch, form=self._logit_form(), bias=bias)
+        return self.output_layer(hidden, weight=self._tied(), use=compute)
+
+    def _tied(self) -> Tensor | None:
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+
+    def _logit_form(self) -> LogitForm:
+        return LogitForm(factor=self.logit_factor, cap=self.description.logit_softcap)
 
     def sharded_state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:
         """megatron-core's, which looks for an output layer on the last stage."""
@@ -190,3 +215,23 @@ class LanguageModel(HybridModel):
     def metrics(sums: Tensor, weight: Tensor) -> dict[str, Tensor]:
         """From `take_sums`, added up over all chunks and ranks, and the batch's weight: what a step reports."""
         return summary(sums, weight)
+
+
+def _lent(
+    module: Any,
+    multiplied: Callable[..., Any],
+    hidden: Tensor,
+    weight: Tensor | None = None,
+    runtime_gather_output: bool | None = None,
+    *,
+    use: Callable[[Tensor, Tensor], Any] | None = None,
+) -> Any:
+    """The forward of an output layer that also lends its matrix, which ZeRO-3 gathers for a module's forward alone."""
+    if use is None:
+        return multiplied(hidden, weight, runtime_gather_output)
+    return use(hidden, module.weight if weight is None else weight)
+
+
+def _defines(kind: type, *names: str) -> bool:
+    """Whether one class defines all of the methods as the kind has them."""
+    return len({next(each for each in kind.__mro__ if name in vars(each)) for name in names}) == 1

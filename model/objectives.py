@@ -6,81 +6,17 @@ was cut. `objective` makes one by its name; `samples` of model/families.py says 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import cross_entropy
 
 from model import families
 from model.config import ObjectiveName
+from model.cross_entropy import TokenLosses, exact, weighted_losses
 from model.families import Architecture
 from parallel.engine import Objective
-
-
-class _VocabularyParallelCrossEntropy(torch.autograd.Function):
-    """Cross-entropy and log-normaliser of logits whose vocabulary is cut over the ranks of a group, in the logits' own
-    precision.
-
-    megatron-core's computes in float32 whatever it is given, which hides errors below 1e-8 from a float64 proof.
-    Source: Shoeybi et al., 2019, arXiv:1909.08053, section 3.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, group: ProcessGroup, normalised: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Logits [..., vocabulary / group], global labels [...] -> losses [...], log-normalisers [...]; these are
-        differentiable if `normalised`."""
-        ctx.normalised = normalised
-        share = logits.shape[-1]
-        largest = logits.amax(dim=-1)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        exponentials = (logits - largest[..., None]).exp_()
-        local = labels - group.rank() * share
-        elsewhere = (local < 0) | (local >= share)
-        local = local.masked_fill(elsewhere, 0)[..., None]
-        ours = (logits.gather(-1, local)[..., 0] - largest).masked_fill(elsewhere, 0)
-        sums = torch.stack((exponentials.sum(dim=-1), ours))
-        dist.all_reduce(sums, group=group)
-        ctx.save_for_backward(exponentials.div_(sums[0, ..., None]), local, elsewhere)
-        logarithms = sums[0].log()
-        return logarithms - sums[1], logarithms + largest
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        """Softmax times both gradients, minus the one-hot label times that of the loss."""
-        probabilities, local, elsewhere = ctx.saved_tensors
-        of_loss, of_normaliser = gradients
-        more = probabilities * of_normaliser[..., None] if ctx.normalised else None
-        probabilities.scatter_add_(-1, local, -(~elsewhere)[..., None].to(probabilities.dtype))
-        probabilities.mul_(of_loss[..., None])
-        return (probabilities if more is None else probabilities.add_(more)), None, None, None
-
-
-def token_losses(logits: Tensor, labels: Tensor, tensor_group: ProcessGroup | None) -> Tensor:
-    """Cross-entropy of each token in nats, float32 (float64 for float64 logits).
-
-    Args:
-        logits: [sequence, batch, vocabulary / tensor], the vocabulary cut over `tensor_group`; None: it is whole.
-        labels: [sequence, batch], global token ids.
-    """
-    if tensor_group is not None and tensor_group.size() > 1:
-        return _VocabularyParallelCrossEntropy.apply(_exact(logits), labels, tensor_group, False)[0]
-    return cross_entropy(_exact(logits).flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-
-
-def _losses_and_normalisers(logits: Tensor, labels: Tensor, tensor_group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """As `token_losses`, and the log-sum-exp of each token's logits."""
-    if tensor_group is not None and tensor_group.size() > 1:
-        return _VocabularyParallelCrossEntropy.apply(_exact(logits), labels, tensor_group, True)
-    return token_losses(logits, labels, tensor_group), _exact(logits).logsumexp(dim=-1)
-
-
-def _exact(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 class Prediction:
@@ -98,22 +34,16 @@ class Prediction:
         self.reports: Sequence[str] = (*(("z_loss",) if z_loss else ()), *self._by_source)
 
     def __call__(
-        self, outputs: Tensor, batch: Mapping[str, Tensor], tensor_group: ProcessGroup | None
+        self, outputs: Tensor | TokenLosses, batch: Mapping[str, Tensor], tensor_group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Logits [sequence, batch, vocabulary / tensor] -> loss sum [], weight sum [], what it reports."""
-        labels = batch["labels"].to(outputs.device, non_blocking=True).T.contiguous()
-        weights = batch["loss_weights"].to(outputs.device, non_blocking=True).T
-        if not self.z_loss:
-            losses = token_losses(outputs, labels, tensor_group) * weights
-            return losses.sum(), weights.sum(), self._of_sources(losses, weights, batch)
-        losses, normalisers = _losses_and_normalisers(outputs, labels, tensor_group)
-        squares = (normalisers.square() * weights).sum()
-        losses = losses * weights
-        loss = losses.sum()
-        if torch.is_grad_enabled():
-            loss = loss + self.z_loss * squares
-        reported = {"z_loss": torch.stack((squares, weights.sum()))}
-        return loss, weights.sum(), reported | self._of_sources(losses, weights, batch)
+        """Logits [sequence, batch, vocabulary / tensor], or what a model in training makes of them -> loss sum [],
+        weight sum [], what it reports."""
+        found = outputs
+        if not isinstance(found, TokenLosses):
+            found = weighted_losses(found, batch, tensor_group, z_loss=self.z_loss)
+        weights = batch["loss_weights"].to(found.losses.device, non_blocking=True).T
+        reported = {"z_loss": torch.stack((found.squares, weights.sum()))} if self.z_loss else {}
+        return found.total, weights.sum(), reported | self._of_sources(found.losses, weights, batch)
 
     @torch.no_grad()
     def _of_sources(self, losses: Tensor, weights: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -160,7 +90,7 @@ class MaskedPredictionAndNextSentence:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(Logits, answers [batch, 2]); the batch has `next_sentence` and `next_sentence_weights`, [batch]."""
         loss, weight, reported = self._masked(outputs, batch, tensor_group)
-        answers = _exact(outputs[1])
+        answers = exact(outputs[1])
         truth = batch["next_sentence"].to(answers.device, non_blocking=True)
         weights = batch["next_sentence_weights"].to(answers.device, non_blocking=True)
         pairs = (cross_entropy(answers, truth, reduction="none") * weights).sum()
@@ -202,6 +132,15 @@ _MAKERS: dict[str, Callable[..., Objective]] = {
     ObjectiveName.seq2seq: Prediction,
     ObjectiveName.classification: Classification,
 }
+
+
+_OF_LOGITS = {ObjectiveName.classification}
+"""Those of `_MAKERS` that a model cannot compute in chunks; plugins' are none of ours."""
+
+
+def takes_losses(name: str) -> bool:
+    """Whether the objective of a name is content with what `ChunkedCrossEntropy` gives in place of logits."""
+    return name in set(ObjectiveName) - _OF_LOGITS
 
 
 def objective(name: str, *, z_loss: float = 0.0, sources: Sequence[str] = ()) -> Objective:

@@ -9,6 +9,14 @@ from model.config import ModelConfig, Norm, Position
 from model.families import family
 from model.projections import BLOCK, CROSSING, adapter_parameters
 
+_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
+"""Float32 logits that are there at a time: what a CPU's cache holds, and what keeps an accelerator's products large."""
+
+
+def logit_rows(vocabulary_share: int, device_type: str) -> int:
+    """Tokens whose logits, as many as a tensor rank has, are there at a time where cross-entropy goes in chunks."""
+    return max(64, _CHUNK_BYTES[device_type] // (4 * vocabulary_share))
+
 
 def head_size(config: ModelConfig) -> int:
     """Width of one attention head."""

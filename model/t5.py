@@ -32,6 +32,7 @@ from torch import Tensor
 
 from model.attention import DocumentAttention, find_crossings, find_pieces
 from model.config import ModelConfig
+from model.cross_entropy import TokenLosses
 from model.dropout import Residual, token_keys
 from model.language_model import LanguageModel
 from model.layer_context import LayerContext
@@ -171,14 +172,18 @@ class EncoderDecoder(LanguageModel):
             parts.append(self.dropped(self.embedding(input_ids=ids, position_ids=None), tokens))
         return torch.cat(parts)
 
-    def predict(self, hidden: Tensor) -> Tensor:
-        """The logits of the decoder's tokens; tied to the embedding they are scaled, as in the first T5."""
+    def predict(self, hidden: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The logits of the decoder's tokens."""
+        return super().predict(self._decoded(hidden))
+
+    def losses(self, hidden: Tensor, batch: dict[str, Tensor], **options: Any) -> TokenLosses | tuple[Any, ...]:
+        """What the decoder's tokens cost."""
+        return super().losses(self._decoded(hidden), batch, **options)
+
+    def _decoded(self, hidden: Tensor) -> Tensor:
+        """The decoder's stream; where the output is tied to the embedding it is scaled, as in the first T5."""
         ours = hidden[self._length :]
-        if self.share_embeddings_and_output_weights:
-            ours = ours * self.description.hidden_size**-0.5
-        logits = super().predict(ours)
-        assert isinstance(logits, Tensor)
-        return logits
+        return ours * self.description.hidden_size**-0.5 if self.share_embeddings_and_output_weights else ours
 
     def context(self, batch: dict[str, Tensor]) -> Any:
         encoder_ids, decoder_ids = batch["encoder_document_ids"].cpu(), batch["document_ids"].cpu()

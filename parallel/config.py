@@ -49,6 +49,14 @@ class RecomputeConfig:
     """How many blocks of each pipeline chunk recompute, from its first; by default all."""
 
 
+class Logits(StrEnum):
+    """What is there of the logits while cross-entropy is computed in training."""
+
+    chunked = "chunked"
+    """Some rows at a time."""
+    whole = "whole"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
     """The layout. Data parallelism is derived: ranks / (tensor x pipeline x context)."""
@@ -72,6 +80,8 @@ class ParallelConfig:
     offload: bool = False
     """Keep masters and moments in the host's memory and step there (ZeRO stages 1 to 3)."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    logits: Logits = Logits.chunked
+    """Cross-entropy some rows at a time, with less memory and, on a CPU, in less time; or of all logits at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ from launcher.outcome import Outcome
 from launcher.runtime import in_ranks
 from launcher.verbs.evaluate import EvaluateJob
 from launcher.work import Ranks
-from model.objectives import token_losses
+from model.cross_entropy import token_losses
 from parallel.checkpoint.load import load
 from parallel.common.files import write_json
 from parallel.engine import Batch, Engine

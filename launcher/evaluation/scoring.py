@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data_pipeline.loader import rows_per_rank
 from launcher.config import RunConfig
-from model.objectives import token_losses
+from model.cross_entropy import token_losses
 from parallel.engine import Batch, Engine
 from parallel.topology import Topology
 

@@ -68,7 +68,7 @@ def _stages(setting: Setting) -> list[tuple[Mapping[str, int], int, int, int]]:
             kept += embedding_bytes(model, batch)
         if stage == last:
             kept += output_bytes(model, batch)
-            logits = logits_bytes(setting.vocabulary_size, batch)[1]
+            logits = logits_bytes(model, setting.vocabulary_size, batch)[1]
         activations = int(kept * _under_way(setting, stage))
         more_in_update = max(0, state["update"] - activations - logits - working)
         found.append((state, activations, logits, working + more_in_update))

@@ -7,7 +7,8 @@ from launcher.plan.facts import Facts
 from launcher.plan.hardware import Hardware
 from model.activations import MicroBatch
 from model.config import ModelConfig
-from parallel.config import ParallelConfig, Precision
+from model.size import logit_rows
+from parallel.config import Logits, ParallelConfig, Precision
 
 WIDTHS = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp16: 2}
 """Bytes of a weight and of an activation."""
@@ -100,4 +101,11 @@ class Setting:
             width=self.width,
             packed=self.packed,
             fused_norms=self.fused_norms,
+            logit_rows=self._logit_rows,
         )
+
+    @property
+    def _logit_rows(self) -> int | None:
+        if self.layout.logits is Logits.whole:
+            return None
+        return logit_rows(self.vocabulary_size // self.layout.tensor, "cuda" if self.fused_norms else "cpu")

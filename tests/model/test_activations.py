@@ -20,7 +20,7 @@ from model.activations import MicroBatch, chunk_bytes, embedding_bytes, logits_b
 from model.config import Activation, Dispatcher, LoraConfig, MoeConfig, Norm, Position
 from model.layer_context import LayerContext
 from model.specs import Block
-from parallel.config import Recompute, RecomputeConfig
+from parallel.config import Logits, Recompute, RecomputeConfig
 from tests.distributed.layouts import tiny
 
 SELECTIVE = RecomputeConfig(mode=Recompute.selective)
@@ -95,6 +95,7 @@ def computed(case: Case, stage: int) -> int:
         width=case.dtype.itemsize,
         packed=case.traits.packed,
         fused_norms=False,
+        logit_rows=None if layout.logits is Logits.whole else 64,
     )
     first, last = stage == 0, stage == layout.pipeline - 1
     found = chunk_bytes(model, chunk_layers(model.layers, layout)[stage], batch, layout.recompute)
@@ -102,7 +103,7 @@ def computed(case: Case, stage: int) -> int:
         found += embedding_bytes(model, batch)
     if last:
         assert model.vocabulary_size is not None
-        found += output_bytes(model, batch) + logits_bytes(model.vocabulary_size, batch)[0]
+        found += output_bytes(model, batch) + logits_bytes(model, model.vocabulary_size, batch)[0]
     return found
 
 
@@ -112,6 +113,7 @@ def computed(case: Case, stage: int) -> int:
     ("model", "layout", "dtype", "packed"),
     [
         ({}, {}, torch.float32, False),
+        ({}, {"logits": Logits.whole}, torch.float32, False),
         ({}, {}, torch.bfloat16, False),
         ({}, {}, torch.bfloat16, True),
         (GPT2, {}, torch.bfloat16, False),
