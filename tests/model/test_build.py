@@ -11,6 +11,7 @@ from launcher.verify.measure import Case, batch_of, engine_of
 from launcher.verify.world import run_world
 from model import build
 from model.config import MoeConfig
+from parallel.config import Logits
 from tests.distributed.layouts import tiny
 
 pytestmark = [pytest.mark.distributed, pytest.mark.truth]
@@ -32,7 +33,7 @@ def gradients(case: Case) -> tuple[dict[str, Tensor], int]:
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("experts", [0, 4])
 def test_matrices_of_one_tensor_rank(monkeypatch: pytest.MonkeyPatch, biased: bool, experts: int) -> None:
-    case = tiny(dtype=torch.float64, zero_stage=0, tied=not biased)
+    case = tiny(dtype=torch.float64, zero_stage=0, tied=not biased, logits=Logits.whole)
     moe = MoeConfig(experts=experts, ffn_hidden_size=32)
     model = replace(case.config.model, linear_bias=biased and not experts, attention_bias=biased, moe=moe)
     case = replace(case, config=replace(case.config, model=model))

@@ -68,7 +68,8 @@ def moved(width: int, scaled: bool) -> dict[str, float]:
             for part, module in (("attention", layer.self_attention), ("mlp", layer.mlp))
         ]
         with torch.no_grad():
-            found["logits"] = model(batch)
+            found["logits"] = model.train(False)(batch)
+        model.train()
         for hook in hooks:
             hook.remove()
         seen.append(found)
