@@ -74,7 +74,7 @@ def predicted(config: RunConfig, engine: Engine, *, vocabulary_size: int, steps:
         node_ranks=min(topology.world_size, torch.cuda.device_count()) if cuda else topology.world_size,
         precision=on_this_machine(config.precision),
         hardware=machine,
-        fused_norms=cuda,
+        accelerator=cuda,
         packed=config.data.mask_documents,
     )
     return estimate(setting)

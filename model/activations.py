@@ -1,15 +1,14 @@
 """Bytes that one micro-batch's forward pass keeps for its backward pass, as arithmetic.
 
 The idea is Korthikanti et al., 2022, arXiv:2205.05198, section 4: count the tensors that each operation saves. The
-operations are those of `model.specs` and `model.attention`: attention keeps no matrix of scores, and rotary positions,
-the gate and the residual sums are operations of their own, so that more is kept than in a fused layer. A frozen matrix
-keeps nothing: what it reads is kept where an adapter on it reads that too, and what comes before the first adapter of
-the model is not kept at all.
+operations are those of `model.specs` and `model.attention`: attention keeps no matrix of scores, and rotary positions
+and residual sums are operations of their own, so that more is kept than in a fused layer. A frozen matrix keeps
+nothing: what it reads is kept where an adapter on it reads that too, and what comes before the first adapter of the
+model is not kept at all.
 
 Tested to within 5 % of what autograd's saved-tensor hooks see on a CPU, and of what a block that computes itself again
 holds without their seeing it (tests/model/test_activations.py); but for its random states, which lie in the host's
-memory. There RMSNorm is made of several operations, in fp32; `fused_norms` says that it is one, as on an accelerator.
-Experts are taken to get equal shares of the tokens. Imports without torch.
+memory. Experts are taken to get equal shares of the tokens. Imports without torch.
 """
 
 from collections.abc import Iterator
@@ -38,7 +37,6 @@ class MicroBatch:
     """Bytes of an element of the model's dtype."""
     packed: bool = True
     """Whether samples hold several documents, so that attention goes document by document."""
-    fused_norms: bool = True
     logit_rows: int | None = None
     """Tokens whose logits are there at a time; None: all."""
 
@@ -170,21 +168,10 @@ def _adapters(config: ModelConfig, batch: MicroBatch, part: _Part, *, learns: bo
     return count * low + (part.read if count and not (part.is_kept and learns) else 0)
 
 
-def _norm(config: ModelConfig, batch: MicroBatch) -> int:
-    """Its input, which is the residual stream, and its output, which is the input of a matrix; statistics in fp32."""
-    width, hidden = batch.width, config.hidden_size
-    if config.norm is Norm.layer:
-        return batch.between * (2 * width * hidden + 8)
-    inner = width if batch.fused_norms else 2 * max(4, width)  # else also the normalised input
-    return batch.between * (hidden * (inner + width) + 4)
-
-
 def _norm_input(config: ModelConfig, batch: MicroBatch) -> int:
-    """Without its output; and frozen without the normalised input, of which the weight's gradient is made."""
-    elements = config.hidden_size * batch.between
-    is_one = batch.fused_norms or config.norm is Norm.layer
-    normed = 0 if is_one or not _is_frozen(config) else max(4, batch.width)
-    return _norm(config, batch) - (batch.width + normed) * elements
+    """Of a norm, whose input is the residual stream; statistics in fp32."""
+    statistics = 8 if config.norm is Norm.layer else max(4, batch.width)
+    return batch.between * (batch.width * config.hidden_size + statistics)
 
 
 def _attention(config: ModelConfig, batch: MicroBatch, *, again: bool) -> int:
@@ -220,14 +207,11 @@ def _gathered_queries(config: ModelConfig, batch: MicroBatch, query: int) -> int
 
 
 def _head_norms(config: ModelConfig, batch: MicroBatch, query: int, key_value: int, *, copied: bool) -> int:
-    """Keys are a view of the projection, which is kept for that even where attention takes a copy of the values; unless
-    they become fp32 first."""
-    exact = max(4, batch.width)
-    normed = 0 if batch.fused_norms or _is_frozen(config) else exact * (query + key_value)
-    if batch.width < 4 and not batch.fused_norms:
-        return exact * (query + key_value) + normed
+    """What their inputs add, and a number a head. Keys are a view of the projection, which is kept for that even where
+    attention takes a copy of the values."""
     projection = query + 2 * key_value if copied else 0
-    return batch.width * (_gathered_queries(config, batch, query) + projection) + normed
+    statistics = max(4, batch.width) * (query + key_value) // head_size(config)
+    return batch.width * (_gathered_queries(config, batch, query) + projection) + statistics
 
 
 def _experts(config: ModelConfig, batch: MicroBatch) -> int:
@@ -248,6 +232,5 @@ def _experts(config: ModelConfig, batch: MicroBatch) -> int:
 
 
 def _inner(config: ModelConfig, width: int, batch: MicroBatch) -> int:
-    """For one token: what the first matrix gave, and every operation's result up to the input of the second; a gate
-    has both halves, its activation, the other half with its offset, and their product."""
-    return (5 if config.activation.gated else 2) * batch.width * width // batch.tensor
+    """For one token: what the first matrix gave, both halves of a gate, and the input of the second."""
+    return (3 if config.activation.gated else 2) * batch.width * width // batch.tensor

@@ -17,7 +17,7 @@ from model.config import ModelConfig, NormPlacement
 from model.heads import MaskedHead, NextSentenceHead, OutputBias, SegmentEmbedding
 from model.language_model import LanguageModel
 from model.layer_context import LayerContext
-from model.specs import norm
+from model.norms import norm
 from parallel.topology import Topology
 
 

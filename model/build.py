@@ -40,7 +40,7 @@ OWN_CHUNKS: dict[str, type[LanguageModel]] = {}
 """Of families of plugins, by their name (`model.register`)."""
 _ACTIVATIONS = {
     Activation.swiglu: silu,
-    Activation.geglu: partial(gelu, approximate="tanh"),
+    Activation.geglu: gelu,
     Activation.gelu: partial(gelu, approximate="tanh"),
     Activation.exact_gelu: gelu,
     Activation.relu: relu,
@@ -64,6 +64,7 @@ def transformer_config(config: ModelConfig, *, dtype: torch.dtype, topology: Top
         layernorm_epsilon=config.norm_eps,
         gated_linear_unit=config.activation.gated,
         activation_func=_ACTIVATIONS[config.activation],
+        use_te_activation_func=config.activation.gated,  # it is ours: `model.gate`
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         add_bias_linear=config.linear_bias,

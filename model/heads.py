@@ -20,7 +20,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn.functional import embedding, gelu, linear
 
-from model.specs import norm
+from model.norms import norm
 from parallel.topology import Topology
 
 

@@ -13,7 +13,6 @@ import torch
 from megatron.core.models.hybrid import hybrid_block
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -22,57 +21,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
-from torch.nn.functional import layer_norm, rms_norm
 
 from model.attention import DocumentAttention
 from model.config import ModelConfig, NormPlacement
 from model.dropout import Residual
+from model.gate import Gate
 from model.latent_attention import LatentAttention
 from model.moe import Router, mixture
-
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich, 2019, arXiv:1910.07467) that is right under sequence parallelism.
-
-    Each tensor rank then sees its own part of the sequence, so the weight's gradient is a sum over the tensor ranks;
-    the weight is read through an operation whose backward is that sum, inside the graph, before ZeRO reduces anything.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.partial = config.sequence_parallel
-        self.zero_centered = config.layernorm_zero_centered_gamma
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[sequence, batch, hidden] -> the same shape."""
-        weight = copy_to_tensor_model_parallel_region(self.weight) if self.partial else self.weight
-        if self.zero_centered:
-            weight = 1 + weight
-        return rms_norm(hidden, self.weight.shape, weight, self.eps)
-
-
-class LayerNorm(torch.nn.Module):
-    """Norm by mean and variance; weight and bias are read under sequence parallelism as those of `RMSNorm`."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
-        self.partial = config.sequence_parallel
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[sequence, batch, hidden] -> the same shape."""
-        weight, bias = self.weight, self.bias
-        if self.partial:
-            weight, bias = copy_to_tensor_model_parallel_region(weight), copy_to_tensor_model_parallel_region(bias)
-        return layer_norm(hidden, self.weight.shape, weight, bias, self.eps)
-
-
-def norm(config: TransformerConfig, hidden_size: int, eps: float) -> RMSNorm | LayerNorm:
-    return (RMSNorm if config.normalization == "RMSNorm" else LayerNorm)(config, hidden_size, eps)
+from model.norms import HeadNorm, RMSNorm, norm
 
 
 class TransformerStack(HybridStack):
@@ -86,14 +42,6 @@ class TransformerStack(HybridStack):
         self.post_layer_norm = self.post_process and normed
         if self.post_layer_norm:
             self.final_norm = norm(config, config.hidden_size, config.layernorm_epsilon)
-
-
-class HeadNorm(RMSNorm):
-    """RMSNorm over each query or key head: a tensor rank sees its own heads only, sequence parallel or not."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__(config, hidden_size, eps)
-        self.partial = config.tensor_model_parallel_size > 1
 
 
 class Block(TransformerLayer):
@@ -173,10 +121,14 @@ def _attention(config: ModelConfig, mask: AttnMaskType) -> ModuleSpec:
     )
 
 
-def mlp() -> partial[MLP]:
+def mlp(config: ModelConfig) -> partial[MLP]:
     """A block's MLP."""
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    return partial(MLP.as_mlp_submodule, submodules=linears)
+    return partial(MLP.as_mlp_submodule, submodules=_inner(config))
+
+
+def _inner(config: ModelConfig) -> MLPSubmodules:
+    gate = partial(Gate, kind=config.activation) if config.activation.gated else None
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=gate)
 
 
 def block(config: ModelConfig, inner: Any, mask: AttnMaskType) -> ModuleSpec:
@@ -197,13 +149,12 @@ def block(config: ModelConfig, inner: Any, mask: AttnMaskType) -> ModuleSpec:
 
 def transformer_stack(config: ModelConfig, mask: AttnMaskType = AttnMaskType.causal) -> ModuleSpec:
     """The stack whose every symbol is one block, `DENSE` or `EXPERTS`; `mask` causal, or padding: all of a document."""
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return ModuleSpec(
         module=TransformerStack,
         params={"normed": config.norm_placement is NormPlacement.before},
         submodules=HybridStackSubmodules(
-            attention_layer=block(config, mlp(), mask),
-            moe_layer=block(config, mixture(linears, config.moe), mask),
+            attention_layer=block(config, mlp(config), mask),
+            moe_layer=block(config, mixture(_inner(config), config.moe), mask),
         ),
     )
 

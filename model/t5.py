@@ -36,8 +36,9 @@ from model.cross_entropy import TokenLosses
 from model.dropout import Residual, token_keys
 from model.language_model import LanguageModel
 from model.layer_context import LayerContext
+from model.norms import norm
 from model.relative import RelativeBias
-from model.specs import Block, TransformerStack, block, mlp, norm
+from model.specs import Block, TransformerStack, block, mlp
 from parallel.config import ParallelConfig
 from parallel.topology import Topology
 
@@ -118,9 +119,9 @@ class DecoderBlock(Block):
 
 
 def _stack(config: ModelConfig) -> ModuleSpec:
-    encoder = block(config, mlp(), AttnMaskType.padding)
+    encoder = block(config, mlp(config), AttnMaskType.padding)
     encoder.module, encoder.params = EncoderBlock, {**encoder.params, "last": config.layers}
-    decoder = block(config, mlp(), AttnMaskType.causal)
+    decoder = block(config, mlp(config), AttnMaskType.causal)
     decoder.module = DecoderBlock
     parts = decoder.submodules
     assert isinstance(parts, TransformerLayerSubmodules)

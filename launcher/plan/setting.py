@@ -53,7 +53,8 @@ class Setting:
     software: Software = OURS
     matrix_precision: str | None = None
     """Of matrix products, where it is another than the weights'."""
-    fused_norms: bool = True
+    accelerator: bool = True
+    """Whether it is not a CPU."""
     packed: bool = True
 
     @property
@@ -100,12 +101,11 @@ class Setting:
             sequence_parallel=layout.tensor > 1 and layout.sequence_parallel is not False,
             width=self.width,
             packed=self.packed,
-            fused_norms=self.fused_norms,
             logit_rows=self._logit_rows,
         )
 
     @property
     def _logit_rows(self) -> int | None:
-        if self.layout.logits is Logits.whole:
+        if self.layout.logits is Logits.whole or self.model.classes.number:
             return None
-        return logit_rows(self.vocabulary_size // self.layout.tensor, "cuda" if self.fused_norms else "cpu")
+        return logit_rows(self.vocabulary_size // self.layout.tensor, "cuda" if self.accelerator else "cpu")

@@ -19,7 +19,7 @@ from torch import Tensor
 from launcher.verify.diagnose import diagnose
 from launcher.verify.matrix import row
 from launcher.verify.proof import proofs
-from model import moe, specs
+from model import moe, norms
 from model.language_model import LanguageModel
 from model.objectives import Prediction
 from parallel import engine, optimizer
@@ -57,7 +57,7 @@ def verify(ranks: int, *overrides: str) -> Verdict:
 
 
 def test_sequence_parallel_norms_not_summed_over_tensor_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(specs, "copy_to_tensor_model_parallel_region", lambda weight: weight)
+    monkeypatch.setattr(norms, "copy_to_tensor_model_parallel_region", lambda weight: weight)
     verify(2, "parallel.tensor=2").says(
         "gradients of norms are not summed over the tensor ranks: each holds the part of its own tokens", of="norm"
     )

@@ -15,7 +15,7 @@ from launcher.verify.batches import Traits, synthetic_batch
 from launcher.verify.compare import errors, whole
 from launcher.verify.matrix import read_rows, row
 from launcher.verify.shrink import Shrunk, complete, shrink
-from model import specs
+from model import norms
 from parallel.common.errors import ConfigError, UserError
 from tests.distributed.layouts import tiny
 from tests.launcher.tiny import ROOT, run
@@ -230,7 +230,7 @@ def test_a_proven_layout_has_a_certificate(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_a_wrong_row_fails_the_list_and_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(specs, "copy_to_tensor_model_parallel_region", lambda weight: weight)
+    monkeypatch.setattr(norms, "copy_to_tensor_model_parallel_region", lambda weight: weight)
     (tmp_path / "rows.yaml").write_text(
         "- {name: right, ranks: 1}\n- {name: wrong, ranks: 2, set: {parallel.tensor: 2}}\n"
     )
@@ -257,7 +257,7 @@ def test_a_layout_that_does_not_run_is_named_with_the_rank(tmp_path: Path, monke
     def fail(*_: object) -> None:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(specs.RMSNorm, "forward", fail)
+    monkeypatch.setattr(norms.RMSNorm, "forward", fail)
     codes, said = run("verify", QUICKSTART, "--ranks", "1")
     assert codes == [1]
     assert "likely cause: the layout does not run: RuntimeError: no such kernel (rank 0, " in said

@@ -94,7 +94,6 @@ def computed(case: Case, stage: int) -> int:
         sequence_parallel=layout.tensor > 1 and layout.sequence_parallel is not False,
         width=case.dtype.itemsize,
         packed=case.traits.packed,
-        fused_norms=False,
         logit_rows=None if layout.logits is Logits.whole else 64,
     )
     first, last = stage == 0, stage == layout.pipeline - 1
@@ -118,7 +117,9 @@ def computed(case: Case, stage: int) -> int:
         ({}, {}, torch.bfloat16, True),
         (GPT2, {}, torch.bfloat16, False),
         ({"dropout": 0.1, "qk_norm": True, "attention_bias": True}, {"tensor": 2}, torch.bfloat16, False),
-        ({"qk_norm": True}, {}, torch.float32, True),
+        ({"qk_norm": True}, {}, torch.float32, False),
+        ({"qk_norm": True}, {}, torch.bfloat16, True),
+        ({"qk_norm": True}, {"context": 2}, torch.float32, True),
         ({"activation": Activation.geglu}, {"tensor": 2, "sequence_parallel": False}, torch.float32, True),
         ({}, {"context": 2}, torch.bfloat16, False),
         ({}, {"context": 2, "tensor": 2}, torch.float32, True),
