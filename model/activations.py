@@ -89,16 +89,17 @@ def output_bytes(config: ModelConfig, batch: MicroBatch) -> int:
 
 def logits_bytes(config: ModelConfig, vocabulary_size: int, batch: MicroBatch) -> tuple[int, int]:
     """What the cross-entropy keeps, and the most that is there at one time. Whole: probabilities in fp32; the logits,
-    these in fp32, and their gradient. In chunks: gradients of hidden states and of the matrix, this in fp32; a chunk's
-    logits and their gradient besides, and its part of the matrix's."""
+    these in fp32, and their gradient. In chunks: gradients of hidden states and of the matrix, this in fp32 where there
+    are several; a chunk's logits and their gradient besides, and its part of the matrix's."""
     share = vocabulary_size // batch.tensor
     if batch.logit_rows is None:
         logits = batch.tokens * share
         return 4 * logits + 8 * batch.tokens, (batch.width + 8) * logits
     matrix, exact = 0 if _is_frozen(config) else share * config.hidden_size, max(4, batch.width)
-    kept = batch.width * batch.tokens * config.hidden_size + exact * matrix
+    several = batch.logit_rows < batch.tokens
+    kept = batch.width * batch.tokens * config.hidden_size + (exact if several else batch.width) * matrix
     chunk = min(batch.logit_rows, batch.tokens) * share
-    narrow = batch.width * (chunk + matrix) if batch.width < 4 else 0
+    narrow = batch.width * (chunk + (matrix if several else 0)) if batch.width < 4 else 0
     return kept, kept + exact * chunk + narrow
 
 

@@ -15,7 +15,7 @@ Sources: vocabulary-parallel cross-entropy: Shoeybi et al., 2019, arXiv:1909.080
 pass: Hsu et al., 2024, arXiv:2410.10989 (Liger), section 3.2; z-loss: Chowdhery et al., 2022, arXiv:2204.02311, 5.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -174,9 +174,9 @@ class _Work:
     scale: Tensor
     """[] what the total will be multiplied by before it is differentiated: gradients are rounded at that size."""
 
-    def chunks(self, hidden: Tensor, matrix: Tensor) -> Iterator[slice]:
+    def chunks(self, hidden: Tensor, matrix: Tensor) -> list[slice]:
         rows = logit_rows(len(matrix), hidden.device.type)
-        return (slice(begin, begin + rows) for begin in range(0, len(hidden), rows))
+        return [slice(begin, begin + rows) for begin in range(0, len(hidden), rows)]
 
     def of(self, products: Tensor, bias: Tensor | None, rows: slice, *, gradient: bool) -> tuple[Tensor, Tensor]:
         """Losses and squared log-normalisers [2, chunk], weighted, of a chunk's products; these, in `exact`, are
@@ -216,13 +216,14 @@ class _InChunks(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [rows, hidden], matrix [vocabulary / tensor, hidden], bias [vocabulary / tensor] -> total [],
         weighted losses [rows], sum of squared log-normalisers []."""
-        wanted = any(ctx.needs_input_grad)
+        wanted, chunks = any(ctx.needs_input_grad), work.chunks(hidden, matrix)
         precision = torch.promote_types(matrix.dtype, torch.float32)
+        summed = precision if len(chunks) > 1 else matrix.dtype
         found = hidden.new_empty((2, len(hidden)), dtype=precision)
         of_hidden = torch.empty_like(hidden) if wanted else None
-        of_matrix = torch.zeros_like(matrix, dtype=precision) if ctx.needs_input_grad[1] else None
+        of_matrix = torch.zeros_like(matrix, dtype=summed) if ctx.needs_input_grad[1] else None
         of_bias = None if bias is None or not wanted else torch.zeros_like(bias, dtype=precision)
-        for rows in work.chunks(hidden, matrix):
+        for rows in chunks:
             logits = exact(hidden[rows] @ matrix.T)
             found[:, rows], over_rows = work.of(logits, bias, rows, gradient=wanted)
             if of_hidden is None:
@@ -256,6 +257,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
+def _counted(weights: Tensor) -> Tensor:
+    """Which tokens of [batch, sequence] count, by their places in [sequence, batch]; of a batch on the CPU, where its
+    loader put it, no device is asked."""
+    return weights.T.flatten().nonzero()[:, 0]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkedCrossEntropy:
     """The cross-entropy of an output layer's logits, in chunks of rows; the same numbers as `weighted_losses`."""
@@ -277,7 +284,7 @@ class ChunkedCrossEntropy:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
         labels, weights = (each.flatten() for each in labels_of(batch, hidden.device))
         rows, shape = hidden.flatten(0, 1), hidden.shape[:2]
-        counted = batch["loss_weights"].T.flatten().nonzero()[:, 0]  # of a batch on the CPU the device is not asked
+        counted = _counted(batch["loss_weights"])
         some = len(counted) < len(rows)
         if some:
             counted = counted.to(hidden.device, non_blocking=True)

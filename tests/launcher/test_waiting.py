@@ -28,6 +28,7 @@ _OF_THE_HOST = {
     "model/language_model.py LanguageModel.context": "ids of documents, which the batch brings on the host",
     "model/attention.py find_pieces": "the same",
     "model/attention.py <genexpr>": "the same",
+    "model/cross_entropy.py _counted": "weights of tokens, which the batch brings on the host",
     "megatron/core/tensor_parallel/random.py CudaRNGStatesTracker.fork": "the state of the host's random numbers",
 }
 """Who reads, and what."""
