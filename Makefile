@@ -17,8 +17,9 @@ quickstart: venv ## from raw text to a trained model; DATA=path takes your own j
 
 # A file's tests share what it sets up, so a file goes to one worker; those with slow tests begin first.
 # A forked rank shares the pages of its worker: large ones make each fork cheaper. One worker in three waits for something.
+# What is imported is compiled once, whatever the caller's environment says, not by each process that a test starts.
 SPREAD := --dist loadscope --no-loadscope-reorder --maxprocesses 8 -n $$((3 * $$(env -u OMP_NUM_THREADS nproc) / 2))
-PYTEST := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(PYTHON) -m pytest
+PYTEST := env -u PYTHONDONTWRITEBYTECODE GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(PYTHON) -m pytest
 
 test: venv ## the tests, but those that need a Slurm
 	@$(PYTEST) $(SPREAD) -m "not long and not slurm"

@@ -22,12 +22,12 @@ pytestmark = [pytest.mark.distributed, pytest.mark.truth, pytest.mark.slow]
 SHORTEST, LONGEST = 60, 450  # letters; most definitions then fit into a row, so that pairs know where one begins
 MODEL: dict[str, Any] = {"layers": 2, "hidden_size": 64, "heads": 4, "ffn_hidden_size": 128, "initial_std": 0.1}
 OBJECTIVES: dict[str, tuple[int, dict[str, Any]]] = {
-    "causal_lm": (60, {}),
-    "fill_in_the_middle": (60, {"data": {"fill_in_the_middle": {"rate": 0.9}}}),
-    "prefix_lm": (60, {"train": {"objective": "prefix_lm"}}),
+    "causal_lm": (50, {}),
+    "fill_in_the_middle": (50, {"data": {"fill_in_the_middle": {"rate": 0.9}}}),
+    "prefix_lm": (50, {"train": {"objective": "prefix_lm"}}),
     "masked_lm_alone": (240, {"model": {**BERT, "next_sentence": False}, "data": {"mask_documents": False}}),
-    "masked_lm_next_sentence": (320, {"model": BERT, "train": {"sequence_length": 96}}),
-    "span_corruption": (60, {"model": T5, "data": {"mask_documents": False}}),
+    "masked_lm_next_sentence": (240, {"model": BERT, "train": {"sequence_length": 96}}),
+    "span_corruption": (50, {"model": T5, "data": {"mask_documents": False}}),
 }
 """Steps, and what is said beside."""
 
