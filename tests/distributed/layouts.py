@@ -23,12 +23,13 @@ def tiny(
     tied: bool = False,
     micro_batch_size: int = 2,
     zero_stage: int = 1,
+    layers: int = 4,
     **layout: Any,
 ) -> Case:
     """The tiny model on so many ranks; `layout` are fields of `ParallelConfig`."""
     config = RunConfig(
         run=RunSection(name="tiny", seed=7),
-        model=replace(MODEL, tie_embeddings=tied),
+        model=replace(MODEL, layers=layers, tie_embeddings=tied),
         train=TrainConfig(
             steps=10, global_batch_size=SAMPLES, micro_batch_size=micro_batch_size, sequence_length=SEQUENCE
         ),

@@ -73,7 +73,7 @@ def _rounded(name: str) -> Case:
 
 def _experts(name: str) -> Case:
     ranks, layout = EXPERTS[name]
-    case = _of_twelve(tiny(ranks, **layout))
+    case = _of_twelve(tiny(ranks, layers=2, **layout))
     moe = MoeConfig(experts=4, ffn_hidden_size=32, shared_ffn_hidden_size=16)
     return replace(case, config=replace(case.config, model=replace(case.config.model, moe=moe)))
 
@@ -82,7 +82,7 @@ def _adapted(name: str) -> Case:
     """Adapters, and matrices that stay as they are."""
     case = _dense(name)
     lora = LoraConfig(rank=3, alpha=6, initial_std=0.1)
-    return replace(case, config=replace(case.config, model=replace(case.config.model, lora=lora)))
+    return replace(case, config=replace(case.config, model=replace(case.config.model, layers=2, lora=lora)))
 
 
 def _stepped_by(optimizer: str) -> Callable[[str], Case]:

@@ -29,8 +29,8 @@ CASES: dict[str, tuple[int, str, torch.dtype, dict[str, Any]]] = {
 
 def case_of(name: str) -> Case:
     ranks, optimizer, dtype, layout = CASES[name]
-    case = tiny(ranks, dtype=dtype, **layout)
-    own = replace(case.config.optimizer, name=optimizer, average_decay=DECAY, frozen=["layers.3.mlp"])
+    case = tiny(ranks, dtype=dtype, layers=2 * layout.get("pipeline", 1), **layout)
+    own = replace(case.config.optimizer, name=optimizer, average_decay=DECAY, frozen=["layers.1.mlp"])
     train = replace(case.config.train, global_batch_size=12)
     return replace(case, config=replace(case.config, optimizer=own, train=train))
 

@@ -108,10 +108,11 @@ PROOFS: dict[str, tuple[int, torch.dtype, dict[str, Any]]] = {
 def test_a_layout_equals_one_rank(proof: str, name: str) -> None:
     """Loss, every gradient, the norm, and after three updates every weight and every state, parameter by parameter."""
     ranks, dtype, options = PROOFS[proof]
-    case = stepped_by(name, tiny(ranks, dtype=dtype, tied="pipeline" in options, **options))
+    layers = 2 * options.get("pipeline", 1)
+    case = stepped_by(name, tiny(ranks, dtype=dtype, tied="pipeline" in options, layers=layers, **options))
     case = replace(case, config=replace(case.config, train=replace(case.config.train, global_batch_size=4 * ranks)))
     if name == "adamw_8bit":
-        case = with_model(case, hidden_size=64, layers=2)  # matrices of 4096 elements and more
+        case = with_model(case, hidden_size=64)  # matrices of 4096 elements and more
     found = compared(case, seconds=180)
     assert found.passed, found.crash or [check for check in found.checks if not check.passed]
     checked = {check.what for check in found.checks}
@@ -121,7 +122,7 @@ def test_a_layout_equals_one_rank(proof: str, name: str) -> None:
 
 
 def test_experts_are_stepped_whole_too() -> None:
-    case = with_model(tiny(4, tensor=2, expert=2, dtype=torch.float64), moe=MOE)
+    case = with_model(tiny(4, tensor=2, expert=2, dtype=torch.float64, layers=2), moe=MOE)
     found = compared(stepped_by("muon", case), seconds=180)
     assert found.passed, found.crash or [check for check in found.checks if not check.passed]
     assert any("momentum_buffer" in check.what for check in found.checks)
@@ -137,7 +138,7 @@ def test_experts_are_stepped_whole_too() -> None:
     ],
 )
 def test_computed_bytes_are_held(ranks: int, name: str, dtype: torch.dtype, moe: bool, layout: dict[str, Any]) -> None:
-    case = with_model(tiny(ranks, **layout), moe=MOE) if moe else tiny(ranks, **layout)
+    case = with_model(tiny(ranks, layers=2, **layout), **({"moe": MOE} if moe else {}))
     case = replace(case, config=replace(case.config, train=replace(case.config.train, global_batch_size=12)))
     if name == "adamw_8bit":
         case = with_model(case, hidden_size=64)

@@ -79,7 +79,7 @@ def equals_one_rank(case: Case, tolerance: float) -> None:
     ],
 )
 def test_experts_equal_one_rank(ranks: int, stage: int, dispatcher: str, layout: dict[str, Any]) -> None:
-    case = tiny(ranks, zero_stage=stage, **layout)
+    case = tiny(ranks, zero_stage=stage, layers=2 * layout.get("pipeline", 1), **layout)
     equals_one_rank(with_model(case, moe=replace(MOE, dispatcher=Dispatcher(dispatcher))), 2e-6)
 
 
@@ -102,7 +102,8 @@ def test_a_pipeline_stage_without_experts_does_not_hold_up_the_others(stage: int
 def test_a_step_on_the_host_equals_one_on_the_device(
     ranks: int, stage: int, tied: bool, layout: dict[str, Any]
 ) -> None:
-    equals_one_rank(tiny(ranks, tied=tied, zero_stage=stage, offload=True, **layout), 2e-6)
+    layers = 2 * layout.get("pipeline", 1)
+    equals_one_rank(tiny(ranks, tied=tied, zero_stage=stage, offload=True, layers=layers, **layout), 2e-6)
 
 
 @pytest.mark.parametrize(
@@ -116,12 +117,13 @@ def test_a_step_on_the_host_equals_one_on_the_device(
     ids=["zero1-offload", "zero2", "zero3", "pp2-vpp2"],
 )
 def test_fp16_rounds_as_one_rank_does(ranks: int, layout: dict[str, Any]) -> None:
-    equals_one_rank(tiny(ranks, dtype=torch.float16, **layout), 1e-6)
+    layers = 2 * layout.get("pipeline", 1)
+    equals_one_rank(tiny(ranks, dtype=torch.float16, layers=layers, **layout), 1e-6)
 
 
 def test_fp16_gradients_are_those_of_fp32_but_for_roundings() -> None:
     (_, norm, gradients), (_, its_norm, its) = (
-        first_step(tiny(dtype=dtype, zero_stage=0)) for dtype in (torch.float16, torch.float32)
+        first_step(tiny(dtype=dtype, zero_stage=0, layers=2)) for dtype in (torch.float16, torch.float32)
     )
     assert worst(gradients, its)[0] < 2e-2
     assert norm == pytest.approx(its_norm, rel=1e-3)
@@ -130,7 +132,7 @@ def test_fp16_gradients_are_those_of_fp32_but_for_roundings() -> None:
 @pytest.mark.parametrize(("dtype", "stage"), [(torch.float16, 2), (torch.bfloat16, 3)])
 def test_three_ranks_round_as_one_does(dtype: torch.dtype, stage: int) -> None:
     """Three is no power of two: a gradient averaged and scaled back in bf16 would be another one."""
-    case = tiny(3, dtype=dtype, zero_stage=stage, micro_batch_size=1)
+    case = tiny(3, dtype=dtype, zero_stage=stage, micro_batch_size=1, layers=2)
     equals_one_rank(
         replace(case, config=replace(case.config, train=replace(case.config.train, global_batch_size=9))), 1e-6
     )
