@@ -25,7 +25,7 @@ from tests.launcher.test_encoders import make
 from tests.launcher.test_finetune import ANSWERS, base, chats, tuned  # noqa: F401
 from tests.launcher.tiny import configuration, run
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("transformers_imported")]
 
 
 def alone(function: Any) -> Any:

@@ -32,6 +32,7 @@ from tests.launcher.test_generate import alone
 from tests.launcher.tiny import configuration, in_layout, run, texts
 
 assert launcher.evaluation.tasks
+pytestmark = pytest.mark.usefixtures("transformers_imported")
 
 LABELS = st.sampled_from(["a", "b", "c"])
 TEXTS = st.lists(st.sampled_from(["iron", "ore", "fire", "clay", "铁", "air"]), max_size=8).map(" ".join)
