@@ -38,9 +38,8 @@ NOT_HERE: dict[str, str] = {
     r"^bloomery data examples chat\.jsonl|data\.store=stores/chat train\.objective": (
         "needs conversations: tests/launcher/test_finetune.py makes some"
     ),
-    r"export runs/sorter": "needs a classifier: tests/launcher/test_finetune.py makes one",
+    r"(export|evaluate) runs/sorter": "needs a classifier: tests/launcher/test_finetune.py makes one",
     r"--file prompts\.txt|generate runs/chat": "needs what the line above would have made: test_generate.py",
-    r"--task tasks/|--harness": "needs task files and, for the harness, its data sets: test_tasks.py has some",
     r"tutorial|^bloomery (evaluate|generate) (lesson|classes|scratch|chat) ?": "python -m tests.accept_tutorial",
 }
 """Commands that are not run: a pattern, and why."""
