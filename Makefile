@@ -50,8 +50,11 @@ format: venv ## let ruff sort imports and lay out the code
 reference: venv ## write docs/configuration.md from the code
 	@$(PYTHON) -m launcher.reference > docs/configuration.md.new && mv docs/configuration.md.new docs/configuration.md
 
-bench: venv ## the benchmarks; each prints a table
-	@set -e; for script in train_overhead start_up loader checkpoint dedup tokenize; do echo "== $$script"; .venv/bin/python benchmarks/$$script.py; done
+bench: venv ## the benchmarks; each prints a table and writes it to build/bench/ as JSON
+	@mkdir -p build/bench; failed=; \
+	for script in train_overhead start_up loader checkpoint dedup tokenize accelerator; do \
+	    echo "== $$script"; .venv/bin/python benchmarks/$$script.py --json build/bench/$$script.json || failed="$$failed $$script"; \
+	done; [ -z "$$failed" ] || { echo "missed its bar or failed:$$failed"; exit 1; }
 
 faults-table: venv ## docs/reliability.md from the tests' markers; fails where one of the thirty faults has no test
 	@PYTHONPATH=. $(PYTHON) -m tests.faults_table

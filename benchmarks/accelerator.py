@@ -14,7 +14,7 @@ printed and written to the file as soon as it is there.
   device's time goes; bf16 with fp32 masters and fp32 accumulation, random tokens, medians of whole steps after three
   that do not count. A micro-batch that does not fit is halved, recomputing everything is the last resort. Each case is
   measured twice, to see the noise, beside the same shape in plain PyTorch under `torch.compile`.
-- a variant changes something in the model that was built; what wins belongs into `model`.
+- a variant (`variants.py`) is built otherwise, or changes the model that was built; what wins belongs into `model`.
 """
 
 import argparse
@@ -35,11 +35,10 @@ sys.path.append(str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 from engines import engine_of
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from plain import PlainLlama, PlainLoop
 from torch.profiler import ProfilerActivity, profile
+from variants import VARIANTS
 
-import model.attention
 from launcher import config as configuration
 from launcher.plan.hardware import of_device
 from launcher.verify.world import run_world
@@ -138,46 +137,13 @@ def engine(case: Case, layout: ParallelConfig, dtype: torch.dtype, *, device: to
     )
 
 
-def unchanged(engine: Engine) -> None:
-    """The model as it was built."""
-
-
-def compile_layers(engine: Engine) -> None:
-    """Each layer under torch.compile; it breaks where a layer looks at what is no tensor."""
-    for module in engine.updater.module.modules():
-        if isinstance(module, TransformerLayer):
-            module.forward = torch.compile(module.forward)
-
-
-def compile_small_parts(engine: Engine) -> None:
-    """Norms and rotary positions under torch.compile."""
-    model.attention.rotate = torch.compile(model.attention.rotate)
-    for module in engine.updater.module.modules():
-        if "Norm" in type(module).__name__:
-            module.forward = torch.compile(module.forward)
-
-
-def fuse_activations(engine: Engine) -> None:
-    """megatron-core's fused SwiGLU and bias-dropout-add."""
-    for module in engine.updater.module.modules():
-        if isinstance(module, TransformerLayer):
-            module.config.bias_activation_fusion = module.config.bias_dropout_fusion = True
-
-
-VARIANTS: dict[str, Callable[[Engine], None]] = {
-    "unchanged": unchanged,
-    "compiled small parts": compile_small_parts,
-    "fused activations": fuse_activations,
-    "compiled layers": compile_layers,
-}
-
-
 def case_of(name: str, variant: str, micro_batch: int, recompute: str, steps: int) -> dict[str, Any]:
     """Trains a case for some steps and measures them."""
     case = replace(CASES[name], micro_batch=micro_batch)
-    layout = ParallelConfig(zero_stage=1, recompute=RecomputeConfig(mode=Recompute(recompute)))
+    chosen = VARIANTS[variant]
+    layout = ParallelConfig(zero_stage=1, recompute=RecomputeConfig(mode=Recompute(recompute)), **chosen.layout)
     built = engine(case, layout, torch.bfloat16)
-    VARIANTS[variant](built)
+    chosen.change(built)
     batches = [batch_of(case, step) for step in range(WARM_UP + steps)]
     seconds = _timed(lambda step: float(built.step(batches[step]).loss), steps)
     return {**_rates(case, seconds), "recompute": recompute, "time": _shares(lambda: built.step(batches[0]))}
@@ -363,7 +329,7 @@ def shown(name: str, row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=[name for name in CASES if name != "tiny"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="all but the tiny one, which is for a CPU")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=10, help="that are measured (10)")
     parser.add_argument("--json", type=Path, help="also write everything to this file, as it comes")
@@ -372,6 +338,10 @@ def main() -> int:
     if options.one:
         options.json.write_text(json.dumps(one(options.one)))
         return 0
+    if not options.cases and not torch.cuda.is_available():
+        print("there is no accelerator; --cases tiny shows that everything works")
+        return 0
+    cases = options.cases or [name for name in CASES if name != "tiny"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     results: dict[str, Any] = {"device": device, "torch": torch.__version__}
     print(f"{device}, torch {torch.__version__}, bf16 with fp32 masters; MFU causal/full", flush=True)
@@ -385,9 +355,10 @@ def main() -> int:
     for name in ("numerics", "alone", "together"):
         row = measured(name)
         keep(name, row, f"{name}: {json.dumps(row)}")
-    for name in options.cases:
+    for name in cases:
         rows: dict[str, dict[str, Any]] = {}
-        for variant in ("unchanged", *options.variants):  # the first one twice, to see the noise
+        wanted = [each for each in options.variants if CASES[name].packed or not VARIANTS[each].packed]
+        for variant in ("unchanged", *wanted):  # the first one twice, to see the noise
             title = f"{name}, {variant}{' again' if variant in rows else ''}"
             rows[variant] = row = fitting(name, variant, options.steps)
             keep(title, row, shown(title, row))

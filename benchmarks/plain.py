@@ -4,11 +4,14 @@ Batch first, SDPA, fused AdamW, autocast for bf16 (weights, gradients and moment
 by one as in model/attention.py. Nothing of megatron-core, DeepSpeed or this project's rooms but the configuration.
 """
 
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.parallel import DistributedDataParallel
 
 from model.config import ModelConfig
 
@@ -81,12 +84,18 @@ class PlainLlama(nn.Module):
 
 
 class PlainLoop:
-    """One optimizer step at a time, gradients accumulated over micro-batches."""
+    """One optimizer step at a time, gradients accumulated over micro-batches; over several ranks by torch's
+    `DistributedDataParallel`."""
 
-    def __init__(self, model: PlainLlama, *, learning_rate: float, clip_norm: float, dtype: torch.dtype) -> None:
-        self.model = model
+    def __init__(
+        self, model: PlainLlama, *, learning_rate: float, clip_norm: float, dtype: torch.dtype, ranks: int = 1
+    ) -> None:
+        self.model: nn.Module = DistributedDataParallel(model) if ranks > 1 else model
         self.clip_norm = clip_norm
         self.dtype = dtype
+        self.phases: dict[str, float] = {}
+        """Host seconds of the last step by phase."""
+        self._device = model.norm.device
         matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
         vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -94,15 +103,23 @@ class PlainLoop:
 
     def step(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> float:
         """The mean loss of the step's tokens in nats."""
+        begun = time.perf_counter()
         total = torch.zeros(())
-        device = self.model.norm.device
-        for batch in micro_batches:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                logits = self.model(batch["tokens"].to(device))
-            loss = cross_entropy(logits.float().flatten(0, 1), batch["labels"].to(device).flatten())
-            (loss / len(micro_batches)).backward()
-            total += loss.detach().cpu() / len(micro_batches)
+        for number, batch in enumerate(micro_batches, 1):
+            last = number == len(micro_batches) or not isinstance(self.model, DistributedDataParallel)
+            with nullcontext() if last else self.model.no_sync():
+                total += self._micro_batch(batch, len(micro_batches))
+        ran = time.perf_counter()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.phases = {"forward_backward": ran - begun, "optimizer": time.perf_counter() - ran}
         return total.item()
+
+    def _micro_batch(self, batch: Mapping[str, Tensor], count: int) -> Tensor:
+        device = self._device
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            logits = self.model(batch["tokens"].to(device))
+        loss = cross_entropy(logits.float().flatten(0, 1), batch["labels"].to(device).flatten())
+        (loss / count).backward()
+        return loss.detach().cpu() / count

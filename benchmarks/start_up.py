@@ -3,8 +3,9 @@
     python benchmarks/start_up.py [--rounds 5] [--json FILE]
 
 A tiny model on one rank: seconds of `bloomery --help`; seconds from calling `bloomery train` until its first step
-stands in metrics.jsonl; and the seconds of a step of that run that no phase accounts for (the framework's own: loop,
-judge, agreement, meter, one line of metrics every fifty steps).
+stands in metrics.jsonl, beside those of a script that imports torch, or Hugging Face's Trainer, and takes one step of
+such a model (with no run to set up, nothing to read and nothing to save); and the seconds of a step of our run that no
+phase accounts for (the framework's own: loop, judge, agreement, meter, one line of metrics every fifty steps).
 """
 
 import argparse
@@ -17,7 +18,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from measure import ENVIRONMENT, bloomery, measured
+from measure import ENVIRONMENT, REPOSITORY, bloomery, measured
 
 sys.path.append(str(Path(__file__).parents[1]))
 
@@ -54,6 +55,39 @@ def framework_seconds(run: Path) -> float:
     return statistics.median(found)
 
 
+SCRIPTS = {
+    "plain PyTorch": """
+import torch
+from plain import PlainLlama, PlainLoop
+from model.config import ModelConfig
+model = PlainLlama(ModelConfig(layers=2, hidden_size=64, heads=4, kv_heads=2, ffn_hidden_size=176), 512, 64)
+loop = PlainLoop(model, learning_rate=1e-3, clip_norm=1.0, dtype=torch.float32)
+tokens = torch.randint(0, 512, (4, 64))
+loop.step([{"tokens": tokens, "labels": tokens}])
+""",
+    "Trainer": """
+import torch
+from trainer import TrainerLoop
+from model.config import ModelConfig
+model = ModelConfig(layers=2, hidden_size=64, heads=4, kv_heads=2, ffn_hidden_size=176)
+TrainerLoop(
+    model, vocabulary_size=512, sequence=64, micro_batch=4, micro_batches=1, dtype=torch.float32
+).turn(2)
+""",
+}
+"""Importing and a first step (the Trainer's: three, since it tells the time of none before)."""
+
+
+def script_seconds(script: str) -> float:
+    """Of a Python that runs a script and ends."""
+    paths = f"{REPOSITORY}:{REPOSITORY / 'benchmarks'}"
+    begun = time.monotonic()
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, env={**ENVIRONMENT, "PYTHONPATH": paths}
+    )
+    return time.monotonic() - begun
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -64,16 +98,24 @@ def main() -> int:
         store = make_store(place / "corpus" / "store")
         train = {"steps": STEPS, "log_every_steps": WINDOW}
         config = configuration(place, store, train=train, checkpoint={"every_steps": STEPS})
-        help_seconds = [measured(bloomery("--help"))[0]["seconds"] for _ in range(options.rounds)]
-        begun = [first_step(config, place / f"run-{number}") for number in range(options.rounds)]
+        help_seconds, begun = [], []
+        scripts: dict[str, list[float]] = {name: [] for name in SCRIPTS}
+        for number in range(options.rounds):
+            help_seconds.append(measured(bloomery("--help"))[0]["seconds"])
+            begun.append(first_step(config, place / f"run-{number}"))
+            for name, script in SCRIPTS.items():
+                scripts[name].append(script_seconds(script))
         framework = [framework_seconds(place / f"run-{number}") for number in range(options.rounds)]
     figures = {
         "help_seconds": statistics.median(help_seconds),
         "first_step_seconds": statistics.median(begun),
+        **{f"{name} first_step_seconds": statistics.median(each) for name, each in scripts.items()},
         "framework_seconds_a_step": statistics.median(framework),
     }
     print(f"bloomery --help      {figures['help_seconds']:.2f} s")
     print(f"the first step after {figures['first_step_seconds']:.1f} s")
+    for name in SCRIPTS:
+        print(f"  {name:<18} {figures[f'{name} first_step_seconds']:.1f} s")
     print(f"framework            {1000 * figures['framework_seconds_a_step']:.2f} ms a step")
     if options.json:
         write_json(options.json, figures)

@@ -1,27 +1,27 @@
-"""Tokens a second of the engine over a plain PyTorch loop, and over Hugging Face's Trainer, on the same architecture
-and numerics, in one process; then two data-parallel ranks over twice one.
+"""The engine beside a plain PyTorch loop and beside Hugging Face's Trainer, on the same architecture and numerics:
+tokens a second, model FLOPs, where a step's time goes, memory, and what two data-parallel ranks make of it.
 
     python benchmarks/train_overhead.py [--rounds 15] [--json FILE]
 
-All take turns, a few steps each, so that whatever else the machine does meets each; the ratio of each turn is kept and
-the median printed, beside the ratio of processor seconds, which a busy machine disturbs less. One rank over gloo, two
-micro-batches a step, random tokens; the ranks have one thread each.
+All take turns in one process, a few steps each, so that whatever else the machine does meets each; the ratio of each
+turn is kept and the median printed, by the clock and by processor seconds, which a busy machine disturbs less. Random
+tokens, two micro-batches a step, one thread a rank; on a CPU one rank over gloo.
 
-Of the engine are printed besides: where a step's time goes; its model FLOPs in both counts, of a causal model's half of
-the attention matrix and of all of it, each over what one thread makes of a large product in fp32 just before; and the
-highest memory of a rank's process, of which the imports are the larger part here.
+- FLOPs: 6 a matrix parameter and token, the output layer included, the input embedding not, and attention, half of it
+  (causal) or whole (`model.size.flops_per_token`); beside what one thread makes of a large product in fp32 just before.
+- memory: how far a process of its own grows in two steps beyond what it had after its imports.
+- two ranks: the engine's ZeRO-1 and the plain loop's `DistributedDataParallel`, each over twice its own single rank;
+  `strangers` are two ranks that know nothing of each other, which is what the machine gives.
 """
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,14 +36,15 @@ from model.config import ModelConfig
 from model.size import flops_per_token, parameter_count
 from parallel.common.units import format_bytes, format_count
 from parallel.config import ParallelConfig
-from parallel.engine import StepResult
 
 QUICKSTART = ModelConfig(layers=6, hidden_size=256, heads=8, kv_heads=4, ffn_hidden_size=704, tie_embeddings=True)
 SMALL = ModelConfig(layers=2, hidden_size=64, heads=4, kv_heads=2, ffn_hidden_size=176, tie_embeddings=True)
 SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 256, 4, 2
+TOKENS = SEQUENCE * MICRO_BATCH * MICRO_BATCHES
 STEPS_A_TURN = 2
-WIDTH = 70
+WIDTH = 24
 PHASES = ("forward_backward", "communication", "optimizer")
+ENGINE, PLAIN, TRAINER = "engine", "plain PyTorch", "Trainer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,15 @@ CASES = (
 )
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Of a step, the mean or the median of a turn's."""
+
+    seconds: float
+    processor: float
+    phases: Mapping[str, float]
+
+
 def random_batch(step: int, vocabulary_size: int) -> dict[str, torch.Tensor]:
     """A step's samples: random tokens, one document a row."""
     rows = MICRO_BATCH * MICRO_BATCHES
@@ -76,8 +86,9 @@ def random_batch(step: int, vocabulary_size: int) -> dict[str, torch.Tensor]:
     }
 
 
-def our_step(case: Case) -> Callable[[int], StepResult]:
-    """A function that takes the engine's step-th step."""
+def ours(case: Case, ranks: int = 1) -> Callable[[int], tuple[float, Mapping[str, float]]]:
+    """A function that takes the engine's step-th step: its loss, and seconds by phase."""
+    del ranks  # it finds them
     engine = engine_of(
         case.model,
         vocabulary_size=case.vocabulary_size,
@@ -86,62 +97,92 @@ def our_step(case: Case) -> Callable[[int], StepResult]:
         layout=ParallelConfig(zero_stage=1),
         dtype=case.dtype,
     )
-    return lambda step: engine.step(random_batch(step, case.vocabulary_size))
 
-
-def plain_step(case: Case) -> Callable[[int], float]:
-    """The same for the plain loop."""
-    model = PlainLlama(case.model, case.vocabulary_size, SEQUENCE)
-    loop = PlainLoop(model, learning_rate=1e-3, clip_norm=1.0, dtype=case.dtype)
-
-    def step(number: int) -> float:
-        batch = random_batch(number, case.vocabulary_size)
-        pieces = {name: tensor.split(MICRO_BATCH) for name, tensor in batch.items()}
-        return loop.step([{name: pieces[name][index] for name in batch} for index in range(MICRO_BATCHES)])
+    def step(number: int) -> tuple[float, Mapping[str, float]]:
+        result = engine.step(random_batch(number, case.vocabulary_size))
+        return float(result.loss), result.seconds
 
     return step
 
 
-def turn(step: Callable[[int], object], first: int) -> tuple[float, float]:
-    """Seconds for a turn of steps, of the clock and of the processor."""
-    started, used = time.perf_counter(), time.process_time()
-    for number in range(first, first + STEPS_A_TURN):
-        step(number)
-    return time.perf_counter() - started, time.process_time() - used
+def plain(case: Case, ranks: int = 1) -> Callable[[int], tuple[float, Mapping[str, float]]]:
+    """The same for the plain loop."""
+    model = PlainLlama(case.model, case.vocabulary_size, SEQUENCE)
+    loop = PlainLoop(model, learning_rate=1e-3, clip_norm=1.0, dtype=case.dtype, ranks=ranks)
+
+    def step(number: int) -> tuple[float, Mapping[str, float]]:
+        batch = random_batch(number, case.vocabulary_size)
+        pieces = {name: tensor.split(MICRO_BATCH) for name, tensor in batch.items()}
+        loss = loop.step([{name: pieces[name][index] for name in batch} for index in range(MICRO_BATCHES)])
+        return loss, loop.phases
+
+    return step
 
 
-def measure(case: Case, rounds: int) -> dict[str, float]:
-    """Medians of tokens a second and of the ratio."""
-    ours, plain, trainer = our_step(case), plain_step(case), trainer_loop(case)
-    losses = [(float(ours(step).loss), plain(step)) for step in range(2)]
+LOOPS = {ENGINE: ours, PLAIN: plain}
+
+
+def turns(case: Case, name: str, ranks: int = 1) -> Callable[[int], Turn]:
+    """A function that takes some steps of one of them, from the one of that number."""
+    if name == TRAINER:
+        loop = TrainerLoop(
+            case.model,
+            vocabulary_size=case.vocabulary_size,
+            sequence=SEQUENCE,
+            micro_batch=MICRO_BATCH,
+            micro_batches=MICRO_BATCHES,
+            dtype=case.dtype,
+        )
+        return lambda _first: Turn(*loop.turn(STEPS_A_TURN))
+    step = LOOPS[name](case, ranks)
+
+    def turn(first: int) -> Turn:
+        started, used = time.perf_counter(), time.process_time()
+        phases = [step(number)[1] for number in range(first, first + STEPS_A_TURN)]
+        seconds, processor = time.perf_counter() - started, time.process_time() - used
+        means = {phase: statistics.mean(each.get(phase, 0.0) for each in phases) for phase in PHASES}
+        return Turn(seconds / STEPS_A_TURN, processor / STEPS_A_TURN, means)
+
+    return turn
+
+
+def check(case: Case) -> None:
+    """The two compute the same thing, but for their initial weights."""
+    first, second = ours(case), plain(case)
+    losses = [(first(step)[0], second(step)[0]) for step in range(2)]
     assert all(abs(a - b) < 0.2 for a, b in losses), f"the two do not compute the same thing: {losses}"
-    pairs, processor, split = [], [], []
+
+
+def measure(case: Case, rounds: int) -> dict[str, dict[str, float]]:
+    """By contestant, medians over the rounds; `over` and `processor_over`: the engine's speed over its own."""
+    check(case)
+    contestants = {name: turns(case, name) for name in (ENGINE, PLAIN, TRAINER)}
+    for turn in contestants.values():
+        turn(0)
+    found: dict[str, list[Turn]] = defaultdict(list)
     for number in range(rounds):
-        first = 10 + number * STEPS_A_TURN
-        order = (ours, plain) if number % 2 else (plain, ours)
-        seconds = {step: turn(step, first) for step in order}
-        pairs.append((seconds[ours][0], seconds[plain][0], STEPS_A_TURN * trainer.turn(STEPS_A_TURN)))
-        processor.append(seconds[plain][1] / seconds[ours][1])
-        split.append(ours(first).seconds)
-    tokens = STEPS_A_TURN * MICRO_BATCH * MICRO_BATCHES * SEQUENCE
-    rate = tokens / statistics.median(pair[0] for pair in pairs)
-    flops = {
-        name: rate * flops_per_token(case.model, case.vocabulary_size, SEQUENCE, causal=causal)
-        for name, causal in (("causal", True), ("full", False))
-    }
+        names = list(contestants) if number % 2 else list(contestants)[::-1]
+        for name in names:
+            found[name].append(contestants[name](10 + number * STEPS_A_TURN))
     peak = product_flops()
-    return {
-        **{f"flops_{name}": found for name, found in flops.items()},
-        **{f"mfu_{name}": found / peak for name, found in flops.items()},
-        "product_flops": peak,
-        **{f"{phase}_seconds": statistics.median(each[phase] for each in split) for phase in PHASES},
+    return {name: figures(case, found[name], found[ENGINE], peak=peak) for name in contestants}
+
+
+def figures(case: Case, own: Sequence[Turn], engine: Sequence[Turn], *, peak: float) -> dict[str, float]:
+    rate = TOKENS / statistics.median(turn.seconds for turn in own)
+    pairs = list(zip(own, engine, strict=True))
+    row = {
         "tokens_per_second": rate,
-        "plain_tokens_per_second": tokens / statistics.median(pair[1] for pair in pairs),
-        "ratio": statistics.median(pair[1] / pair[0] for pair in pairs),
-        "processor_ratio": statistics.median(processor),
-        "trainer_tokens_per_second": tokens / statistics.median(pair[2] for pair in pairs),
-        "trainer_ratio": statistics.median(pair[2] / pair[0] for pair in pairs),
+        "over": statistics.median(turn.seconds / other.seconds for turn, other in pairs),
+        "processor_over": statistics.median(turn.processor / other.processor for turn, other in pairs),
+        "product_flops": peak,
     }
+    for count in ("causal", "full"):
+        a_token = flops_per_token(case.model, case.vocabulary_size, SEQUENCE, causal=count == "causal")
+        row |= {f"flops_{count}": rate * a_token, f"mfu_{count}": rate * a_token / peak}
+    for phase in PHASES:
+        row[f"{phase}_seconds"] = statistics.median(turn.phases.get(phase, 0.0) for turn in own)
+    return row
 
 
 def product_flops(side: int = 1024) -> float:
@@ -155,77 +196,78 @@ def product_flops(side: int = 1024) -> float:
     return 2 * side**3 / min(seconds)
 
 
-def trainer_loop(case: Case) -> TrainerLoop:
-    """The same for Hugging Face's."""
-    return TrainerLoop(
-        case.model,
-        vocabulary_size=case.vocabulary_size,
-        sequence=SEQUENCE,
-        micro_batch=MICRO_BATCH,
-        micro_batches=MICRO_BATCHES,
-        dtype=case.dtype,
-    )
+def rank_work(case: Case, name: str, ranks: int) -> tuple[float, float]:
+    """A rank's: the median seconds of a step on its own micro-batches, of the clock and of the processor, after a turn
+    that does not count."""
+    turn = turns(case, name, ranks)
+    found = [turn(10 * number) for number in range(6)][1:]
+    return statistics.median(each.seconds for each in found), statistics.median(each.processor for each in found)
 
 
-def rank_work(case: Case) -> tuple[float, float, int]:
-    """A rank's: the median seconds of a step on its own micro-batches, of the clock and of the processor, after two
-    steps that do not count; and the highest memory of its process, in bytes."""
-    step = our_step(case)
-    turns = [turn(step, 10 * number) for number in range(6)][1:]
-    clock, processor = (statistics.median(each) / STEPS_A_TURN for each in zip(*turns, strict=True))
-    return clock, processor, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def among_strangers(case: Case) -> tuple[float, float, int]:
+def among_strangers(case: Case, name: str) -> tuple[float, float]:
     """The same of a rank that knows nothing of the others, which work at the same time."""
     dist.barrier()
     dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return rank_work(case)
+    return rank_work(case, name, 1)
 
 
-def scaling(case: Case, rounds: int) -> dict[str, float]:
-    """Tokens a second of two data-parallel ranks over twice those of one, and what bounds it."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for _ in range(rounds):
-        one = run_world(rank_work, 1, case, seconds=600)[0]
-        two = run_world(rank_work, 2, case, seconds=600)
-        found["scaling"].append(one[0] / max(rank[0] for rank in two))
-        found["scaling_processor"].append(one[1] / max(rank[1] for rank in two))
-        strangers = run_world(among_strangers, 2, case, seconds=600)
-        found["scaling_machine"].append(one[0] / max(rank[0] for rank in strangers))
-        found["memory_bytes"].append(one[2])
-    return {name: statistics.median(values) for name, values in found.items()}
+def memory_of(case: Case, name: str) -> int:
+    """Bytes by which this process grows at most in two steps."""
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark begins anew
+    before = _status("VmRSS")
+    turns(case, name)(0)
+    return _status("VmHWM") - before
 
 
-def cells(row: Mapping[str, float]) -> dict[str, str]:
-    """What is printed of a case."""
-    speed = partial(_rate, row)
-    split = [f"{phase.replace('_', ' ')} {row[f'{phase}_seconds'] * 1000:.1f} ms" for phase in PHASES]
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
+
+
+def in_worlds(case: Case, rounds: int) -> dict[str, dict[str, float]]:
+    """What wants processes of its own: scaling over ranks, and memory."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for name in LOOPS:
+        for _ in range(rounds):
+            one = run_world(rank_work, 1, case, name, 1, seconds=600)[0]
+            two = run_world(rank_work, 2, case, name, 2, seconds=600)
+            strangers = run_world(among_strangers, 2, case, name, seconds=600)
+            found[name]["scaling"].append(one[0] / max(rank[0] for rank in two))
+            found[name]["scaling_processor"].append(one[1] / max(rank[1] for rank in two))
+            found[name]["scaling_machine"].append(one[0] / max(rank[0] for rank in strangers))
+    for name in (ENGINE, PLAIN, TRAINER):
+        found[name]["memory_bytes"] = [float(run_world(memory_of, 1, case, name, seconds=600)[0])]
+    return {name: {key: statistics.median(each) for key, each in row.items()} for name, row in found.items()}
+
+
+def cells(row: Mapping[str, float], *, is_engine: bool) -> dict[str, str]:
+    """What is printed of a contestant."""
+
+    def ratio(name: str) -> str:
+        return f"{row[name]:.3f}" if name in row else "-"
+
     return {
-        "engine": speed("tokens_per_second"),
-        "plain loop": speed("plain_tokens_per_second"),
-        "engine / plain loop": f"{row['ratio']:.3f} by the clock, {row['processor_ratio']:.3f} by the processor",
-        "Hugging Face Trainer": speed("trainer_tokens_per_second"),
-        "engine / Trainer": f"{row['trainer_ratio']:.3f}",
-        "two ranks / twice one": f"{row['scaling']:.3f} by the clock, {row['scaling_processor']:.3f} by the processor",
-        "two strangers / twice one": f"{row['scaling_machine']:.3f}",
-        "a step": ", ".join(split),
-        "model FLOPs, causal": f"{row['flops_causal'] / 1e9:.1f} GFLOP/s, {row['mfu_causal']:.1%} of a product's",
-        "model FLOPs, full": f"{row['flops_full'] / 1e9:.1f} GFLOP/s, {row['mfu_full']:.1%} of a product's",
-        "a rank's process": format_bytes(int(row["memory_bytes"])),
+        "tokens/s": format_count(row["tokens_per_second"]),
+        "engine over it, clock": "" if is_engine else ratio("over"),
+        "engine over it, processor": "" if is_engine else ratio("processor_over"),
+        "model GFLOP/s, causal": f"{row['flops_causal'] / 1e9:.1f} ({row['mfu_causal']:.1%} of product)",
+        "model GFLOP/s, full": f"{row['flops_full'] / 1e9:.1f} ({row['mfu_full']:.1%} of product)",
+        **{f"{phase.replace('_', ' ')} ms": f"{1000 * row[f'{phase}_seconds']:.1f}" for phase in PHASES},
+        "memory of two steps": format_bytes(int(row["memory_bytes"])),
+        "two ranks / twice one": ratio("scaling"),
+        "  by the processor": ratio("scaling_processor"),
+        "  two strangers": ratio("scaling_machine"),
     }
 
 
-def _rate(row: Mapping[str, float], name: str) -> str:
-    return f"{format_count(row[name])} tok/s"
-
-
-def print_rows(table: Mapping[str, Mapping[str, str]]) -> None:
-    """One column a case."""
-    print(f"{'':<28}" + "".join(f"{name:<{WIDTH}}" for name in table))
-    for head in next(iter(table.values())):
-        print(f"{head:<28}" + "".join(f"{row[head]:<{WIDTH}}" for row in table.values()))
+def print_case(case: Case, table: Mapping[str, Mapping[str, float]]) -> None:
+    """One column a contestant."""
+    columns = {name: cells(row, is_engine=name == ENGINE) for name, row in table.items()}
+    title = f"{case.name}, {format_count(parameter_count(case.model, case.vocabulary_size))} parameters"
+    print(f"\n{title:<28}" + "".join(f"{name:<{WIDTH}}" for name in columns))
+    for head in columns[ENGINE]:
+        print(f"{head:<28}" + "".join(f"{column[head]:<{WIDTH}}" for column in columns.values()).rstrip())
 
 
 def main() -> int:
@@ -234,12 +276,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
-    scaled = {case.name: scaling(case, max(1, arguments.rounds // 5)) for case in CASES}  # forks: before any group
+    worlds = {case.name: in_worlds(case, max(1, arguments.rounds // 5)) for case in CASES}  # forks: before any group
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    print(f"sequence {SEQUENCE}, {torch.get_num_threads()} threads, torch {torch.__version__}, medians")
-    table = {case.name: {**measure(case, arguments.rounds), **scaled[case.name]} for case in CASES}
-    parameters = {case.name: format_count(parameter_count(case.model, case.vocabulary_size)) for case in CASES}
-    print_rows({name: {"parameters": parameters[name], **cells(row)} for name, row in table.items()})
+    print(f"sequence {SEQUENCE}, {torch.get_num_threads()} threads, torch {torch.__version__}, medians", flush=True)
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for case in CASES:
+        found = measure(case, arguments.rounds)
+        table[case.name] = {name: {**row, **worlds[case.name][name]} for name, row in found.items()}
+        print_case(case, table[case.name])
     if arguments.json:
         arguments.json.write_text(json.dumps(table, indent=2) + "\n")
     dist.destroy_process_group()

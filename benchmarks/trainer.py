@@ -3,6 +3,7 @@
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,13 +28,23 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
 
 
 class _Clock(transformers.TrainerCallback):
-    """When each optimizer step ended."""
+    """When each part of each optimizer step ended, by the clock and by the processor."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.steps: list[list[tuple[float, float]]] = []
+
+    def on_step_begin(self, *_arguments: Any, **_options: Any) -> None:
+        self.steps.append([])
+        self._now()
+
+    def on_pre_optimizer_step(self, *_arguments: Any, **_options: Any) -> None:
+        self._now()
 
     def on_step_end(self, *_arguments: Any, **_options: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self._now()
+
+    def _now(self) -> None:
+        self.steps[-1].append((time.perf_counter(), time.process_time()))
 
 
 class TrainerLoop:
@@ -78,8 +89,9 @@ class TrainerLoop:
             "dataloader_num_workers": 0,
         }
 
-    def turn(self, steps: int) -> float:
-        """Seconds of a step: the median of `steps`, after one that does not count."""
+    def turn(self, steps: int) -> tuple[float, float, dict[str, float]]:
+        """Of a step after one that does not count, medians: seconds by the clock and by the processor from the end of
+        the one before it, and by phase (`forward_backward` with the clipping)."""
         clock = _Clock()
         with tempfile.TemporaryDirectory() as directory:
             arguments = transformers.TrainingArguments(output_dir=directory, max_steps=steps + 1, **self._options)
@@ -88,4 +100,9 @@ class TrainerLoop:
             )
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.train()
-        return statistics.median(after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False))
+        ends = [step[-1] for step in clock.steps]
+        between = [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise(ends)]
+        seconds, processor = (statistics.median(each) for each in zip(*between, strict=True))
+        phases = [(updates[0] - begins[0], end[0] - updates[0]) for begins, updates, end in clock.steps[1:]]
+        passes, update = (statistics.median(each) for each in zip(*phases, strict=True))
+        return seconds, processor, {"forward_backward": passes, "optimizer": update}
