@@ -1,4 +1,4 @@
-"""Candidates for fused paths: ways to build or change an engine, which `accelerator.py` measures beside ours as it is."""
+"""Candidates for fused paths: engines built or changed in another way, which `accelerator.py` measures beside ours."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
