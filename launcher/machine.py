@@ -1,24 +1,41 @@
 """The machine that a run is on, as the planner's arithmetic takes it: configured, known by its name, or measured."""
 
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from launcher.config import RunConfig
 from launcher.plan.facts import Facts
 from launcher.plan.hardware import Efficiency, Hardware, load, of_device
-from launcher.plan.seconds import NARROW
+from launcher.plan.seconds import UPDATE_BYTES, logit_bytes
+from model.config import ModelConfig
+from model.projections import BLOCK, ROW_PARALLEL, projections
 from model.size import head_size
 from parallel.precision import model_dtype, on_this_machine
 
-_TRIES = 5
+_TRIES, _ENOUGH_SECONDS = 4, 0.1
+"""Of three and more the second best counts: the first one is slow, and others may be disturbed by what else runs. When
+they have taken so long together, two will do."""
 _SENT_BYTES = 1 << 22
-_LARGE_BYTES = 1 << 24
-"""More than a cache holds."""
+_LARGEST = 1 << 22
+"""Elements of a tensor, more than a cache holds in fp32."""
+_OPERATIONS = 1_500_000_000
+"""Of all products that are timed, once."""
+_FEWEST_ROWS, _MOST_OUTPUTS = 96, 8192
+_CALLS = 100
+_LONGEST = 512
+"""Tokens that attend to each other."""
+
+
+_Timer = Callable[[Callable[[], object]], float]
+"""Calls something several times and says how long it takes."""
 
 
 def known_machine(config: RunConfig, device: torch.device) -> Hardware | None:
@@ -32,59 +49,151 @@ def known_machine(config: RunConfig, device: torch.device) -> Hardware | None:
     return of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def measured_cpu(config: RunConfig, facts: Facts) -> Hardware:
-    """What this CPU reaches at the shapes that the model has, while all ranks use it; in some 0.1 s.
+def measured_cpu(config: RunConfig, facts: Facts, *, clock: Callable[[], float] = time.perf_counter) -> Hardware:
+    """What this CPU reaches in what the model's step consists of, while all ranks use it; in some 0.3 s.
 
-    All ranks call this together. The rates are not those of a data sheet: what a small product loses to its call is in
-    them, so that the arithmetic of `launcher.plan.seconds` gives back what was measured.
+    All ranks call this together. Each product of a block and of the output layer is timed at its own shape, forward and
+    backward, in some of a micro-batch's tokens; so are attention, cross-entropy, what moves activations, an update, and
+    the call of an operation. A product is as quick as it is, narrow or wide, and nothing hides behind a pass:
+    collectives take the cores that the passes take.
     """
     model, dtype = config.model, model_dtype(config.precision)
     samples, length = config.train.micro_batch_size, config.train.sequence_length // config.parallel.context
-    tokens, hidden, heads = samples * length, model.hidden_size, model.heads
-    work = next(iter(facts.work.values()))
-    width = max(1, work.narrowest // config.parallel.tensor)
-    left, right = (torch.ones(shape, dtype=dtype) for shape in ((tokens, hidden), (hidden, width)))
-    matrices = 2 * tokens * hidden * width / _seconds(lambda: left @ right)
-    narrowest = min(tokens * work.tokens_share, hidden, width)
-    peak = matrices * (narrowest + NARROW) / narrowest  # the arithmetic takes this share off again
-    query = torch.ones(samples, max(1, heads // config.parallel.tensor), length, head_size(model), dtype=dtype)
-    scores = 2 * tokens * length * query.shape[1] * query.shape[3]
-    attention = scores / _seconds(lambda: scaled_dot_product_attention(query, query, query, is_causal=True))
-    large = torch.ones(_LARGE_BYTES // 4)  # as the optimizer's, and as activations between their two uses
-    moved = 3 * _LARGE_BYTES / _seconds(lambda: large * large)
-    latency, rate = _links()
+    tokens, tensor = samples * length, config.parallel.tensor
+    seconds = partial(_seconds, clock)
+    latency, link_rate = _links(seconds)  # first: from here on all ranks do the same at the same time
+    blocks, output = _products(config, facts)
+    rows = max(_FEWEST_ROWS, min(tokens, _OPERATIONS // (6 * sum(map(math.prod, (*blocks, output))))))
+    peak, output_rate = (_product_rate(seconds, shapes, rows, dtype) for shapes in (blocks, [output]))
+    moved = torch.ones(_LARGEST, dtype=dtype)
+    rate = 3 * moved.nbytes / seconds(lambda: moved * moved)
     return Hardware(
         name="this CPU, measured",
         peak_flops={on_this_machine(config.precision).value: peak},
         memory_bytes=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         reserved_bytes=1,
-        memory_bytes_per_second=moved,
-        node_bytes_per_second=rate,
-        network_bytes_per_second=rate,
-        host_bytes_per_second=moved,
+        memory_bytes_per_second=rate,
+        node_bytes_per_second=link_rate,
+        network_bytes_per_second=link_rate,
+        host_bytes_per_second=rate,
         node_latency_seconds=latency,
         network_latency_seconds=latency,
         dollars_per_hour=1e-9,
-        efficiency=Efficiency(matrices=1.0, attention=attention / peak, memory=1.0, links=1.0),
+        efficiency=Efficiency(
+            matrices=1.0,
+            attention=_attention_rate(seconds, model, min(length, _LONGEST), tensor, dtype) / peak,
+            memory=1.0,
+            links=1.0,
+            output=output_rate / peak,
+            cross_entropy=_cross_entropy_rate(seconds, facts.vocabulary_size // tensor, tokens, dtype) / rate,
+            update=_update_rate(seconds) / rate,
+            hidden=0.0,
+        ),
+        narrow_width=0.0,
+        call_seconds=_call_seconds(seconds),
     )
 
 
-def _links() -> tuple[float, float]:
+def _products(config: RunConfig, facts: Facts) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """Inputs and outputs of a block's matrices on one tensor rank, and of as much of the output layer as tells."""
+    model, tensor = config.model, config.parallel.tensor
+    if model.moe.experts:  # an expert's are what an MLP of that width would have
+        model = replace(model, ffn_hidden_size=model.moe.ffn_hidden_size or model.ffn_hidden_size)
+    found = []
+    for linear in BLOCK:
+        fused = projections(model, linear)
+        assert fused is not None
+        inputs, outputs = fused.parts[0].inputs, sum(part.outputs for part in fused.parts)
+        cut = (inputs // tensor, outputs) if linear in ROW_PARALLEL else (inputs, outputs // tensor)
+        found.append(cut)
+    return found, (model.hidden_size, min(_MOST_OUTPUTS, facts.vocabulary_size // tensor))
+
+
+def _product_rate(seconds: _Timer, shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype) -> float:
+    """Operations a second in a matrix's product and the two of its gradients."""
+    held = [
+        tuple(torch.ones(shape, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+        for inputs, outputs in shapes
+    ]
+
+    def multiply() -> None:
+        for read, matrix, gradient in held:
+            _ = read @ matrix.T, gradient @ matrix, gradient.T @ read
+
+    return 6 * rows * sum(map(math.prod, shapes)) / seconds(multiply)
+
+
+def _attention_rate(seconds: _Timer, model: ModelConfig, length: int, tensor: int, dtype: torch.dtype) -> float:
+    """Operations a second in a forward pass, of which the backward pass is two and a half."""
+    channels, groups = head_size(model), model.kv_heads or model.heads
+    query, key, value = (
+        torch.ones(1, max(1, heads // tensor), length, channels, dtype=dtype, requires_grad=True)
+        for heads in (model.heads, groups, groups)
+    )
+
+    def attend() -> None:
+        attended = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=groups < model.heads)
+        torch.autograd.grad(attended, (query, key, value), attended)
+
+    return 3.5 * 2 * length * query.numel() / seconds(attend)
+
+
+def _cross_entropy_rate(seconds: _Timer, vocabulary: int, tokens: int, dtype: torch.dtype) -> float:
+    """Bytes a second that the arithmetic's count of what is moved for a logit gives."""
+    rows = max(1, min(tokens, _LARGEST // vocabulary))
+    logits = torch.ones(rows, vocabulary, dtype=dtype, requires_grad=True)
+    labels = torch.zeros(rows, dtype=torch.int64)
+
+    def compute() -> None:
+        torch.autograd.grad(cross_entropy(logits.float(), labels, reduction="none").sum(), logits)
+
+    return logit_bytes(dtype.itemsize) * logits.numel() / seconds(compute)
+
+
+def _update_rate(seconds: _Timer) -> float:
+    """Bytes a second that the arithmetic's count of what is moved for an element gives."""
+    master = torch.nn.Parameter(torch.zeros(_LARGEST // 2))
+    master.grad = torch.zeros_like(master)
+    optimizer = torch.optim.AdamW([master], fused=True)
+
+    def update() -> None:
+        assert master.grad is not None
+        torch.linalg.vector_norm(master.grad)
+        master.grad.mul_(1.0)
+        optimizer.step()
+
+    return UPDATE_BYTES * master.numel() / seconds(update)
+
+
+def _call_seconds(seconds: _Timer) -> float:
+    """Of an operation on hardly anything, there and back."""
+    nothing = torch.ones(1, requires_grad=True)
+
+    def call() -> None:
+        result = nothing
+        for _ in range(_CALLS):
+            result = result * 2.0
+        torch.autograd.grad(result, nothing)
+
+    return seconds(call) / _CALLS
+
+
+def _links(seconds: _Timer) -> tuple[float, float]:
     """Seconds that a collective of nothing takes, and bytes a second of one way of a ring, over all ranks."""
     ranks = dist.get_world_size()
     if ranks == 1:
         return 1e-6, 1e12
-    latency = _seconds(lambda: dist.all_reduce(torch.zeros(1)))
+    latency = seconds(lambda: dist.all_reduce(torch.zeros(1)))
     sent = torch.zeros(_SENT_BYTES // 4)
-    taken = max(_seconds(lambda: dist.all_reduce(sent)) - latency, 1e-9)
+    taken = max(seconds(lambda: dist.all_reduce(sent)) - latency, 1e-9)
     return latency, 2 * _SENT_BYTES * (ranks - 1) / ranks / taken
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """The median of some tries."""
-    taken = []
-    for _ in range(_TRIES):
-        started = time.perf_counter()
+def _seconds(clock: Callable[[], float], work: Callable[[], object]) -> float:
+    """Of some tries."""
+    taken: list[float] = []
+    while len(taken) < 2 or (len(taken) < _TRIES and sum(taken) < _ENOUGH_SECONDS):
+        started = clock()
         work()
-        taken.append(time.perf_counter() - started)
-    return sorted(taken)[_TRIES // 2]
+        taken.append(clock() - started)
+    return sorted(taken)[1 if len(taken) > 2 else 0]

@@ -4,14 +4,14 @@ The prediction is the planner's for the run's own layout on its own machine (`la
 and in `prediction.json` of the run, by kind where there are kinds. On a CPU, whose memory is that of the process, what
 the process held before the model was made is added to what was computed.
 
-The planner's arithmetic is of matrices, bytes and links. What Python and the libraries take for themselves in a step,
-some tens of milliseconds, is not in it: an accelerator does its work meanwhile, and beside a tiny model on a CPU it is
-most of the step.
+The planner's arithmetic is of matrices, bytes and links. What Python and the libraries take for themselves in a step is
+in it on a CPU alone, as so many calls of the smallest operation; an accelerator does its work meanwhile.
 """
 
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from launcher.config import RunConfig
 from launcher.machine import known_machine, measured_cpu
 from launcher.plan.estimate import Estimate, estimate
 from launcher.plan.facts import Facts, unknown
-from launcher.plan.setting import Setting
+from launcher.plan.hardware import Hardware
+from launcher.plan.setting import OURS, Setting
 from launcher.plan.stages import stage_shapes
 from launcher.progress import Progress
 from parallel.common.files import write_json
 from parallel.common.units import format_bytes, format_duration
 from parallel.engine import Engine
 from parallel.precision import on_this_machine
+from parallel.topology import Topology
 
 STEPS = 20
 """Taken before it is said; the first of them is slow and not in the measurement."""
@@ -65,19 +67,25 @@ def predicted(config: RunConfig, engine: Engine, *, vocabulary_size: int, steps:
     if topology.pipeline_rank == 0 and sum(size.elements for size in first_stage) != own:
         logger.info("no prediction of time and memory: the planner does not know this kind of model yet")
         return None
-    setting = Setting(
+    return estimate(setting_of(config, facts, topology, machine))
+
+
+def setting_of(config: RunConfig, facts: Facts, topology: Topology, machine: Hardware) -> Setting:
+    """What a run's own estimate is of."""
+    cuda = topology.device.type == "cuda"
+    return Setting(
         facts=facts,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        layout=layout,
+        layout=config.parallel,
         ranks=topology.world_size,
         node_ranks=min(topology.world_size, torch.cuda.device_count()) if cuda else topology.world_size,
         precision=on_this_machine(config.precision),
         hardware=machine,
+        software=OURS if cuda else replace(OURS, block_seconds=0.0),  # a CPU starts nothing ahead
         accelerator=cuda,
         packed=config.data.mask_documents,
     )
-    return estimate(setting)
 
 
 def process_bytes(device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -25,6 +25,14 @@ class Efficiency:
     """Of `memory_bytes_per_second`, in operations that only move data."""
     links: float
     """Of both kinds of links, in collectives."""
+    output: float = 0.9
+    """Of what large products reach, in those of the output layer."""
+    cross_entropy: float | None = None
+    """Of `memory_bytes_per_second`, in what is done to logits; by default as `memory`."""
+    update: float | None = None
+    """Of `memory_bytes_per_second`, in the optimizer; by default as `memory`."""
+    hidden: float = 0.8
+    """Of a pass, that behind which collectives can hide; their kernels take some of the accelerator too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +57,10 @@ class Hardware:
     dollars_per_hour: float
     """For one accelerator."""
     efficiency: Efficiency
+    narrow_width: float = 160
+    """Width of a matrix product at which its rate is half of what wide ones reach."""
+    call_seconds: float = 0.0
+    """Of an operation, there and back, besides what it does; 0 where that goes on while another one is started."""
 
     def peak(self, precision: str) -> float:
         """Operations a second in a precision.
@@ -100,7 +112,7 @@ def _made(kind: Any, read: Any, where: str) -> Any:
     if not isinstance(read, dict):
         raise UserError(f"{where}: expected the keys {', '.join(expected)}.")
     unknown = sorted(set(map(str, read)) - set(expected))
-    missing = [name for name in expected if name not in read]
+    missing = [name for name, each in expected.items() if each.default is MISSING and name not in read]
     if unknown or missing:
         said = f"the key {unknown[0]} does not exist" if unknown else f"{missing[0]} is missing"
         raise UserError(f"{where}: {said}: expected the keys {', '.join(expected)}.")
@@ -113,7 +125,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return _made(Efficiency, value, where)
     if hint is str:
         return str(value)
-    if hint is float:
+    if hint in (float, float | None):
         return _number(value, where)
     if isinstance(value, dict):
         return {str(name): _number(number, f"{where}.{name}") for name, number in value.items()}

@@ -28,16 +28,15 @@ from parallel.config import Recompute
 from parallel.mechanism import Reduction, mechanism
 
 KINDS = ("compute", "communication", "bubble", "optimizer")
-NARROW = 160
-"""Width of a matrix product at which its rate is half of what wide ones reach."""
-HIDEABLE = 0.8
-"""Share of a pass behind which collectives can hide; their kernels take some of the accelerator too."""
 UPDATE_BYTES = 60
 """Bytes that an update reads and writes for an element: gradient twice more for its norm and clipping, master, moments,
 weight, in passes of their own."""
 ADAPTER_KERNELS = 0.1
 """Of the kernels that a block starts, those that each adapter adds: 29 and 64 in the two passes of a plain block, 51
 and 104 with seven adapters."""
+CALLS, CALLS_IN_STEP = 107, 250
+"""Operations of a block, there and back, and of a step besides: what a tiny model takes on a CPU, in multiples of the
+smallest operation."""
 HOST_BYTES_PER_SECOND = 20e9
 """Rate at which a host steps one rank's part of what is offloaded."""
 
@@ -80,7 +79,7 @@ def step_seconds(setting: Setting) -> dict[str, float]:
         "compute": count * (slowest.forward + slowest.backward),
         "communication": count * slowest.exposed + sent + _data(setting, slowest),
         "bubble": idle / setting.layout.virtual_pipeline,
-        "optimizer": _update(setting),
+        "optimizer": _update(setting) + CALLS_IN_STEP * setting.hardware.call_seconds,
     }
 
 
@@ -143,7 +142,7 @@ def _block(setting: Setting, work: Work, experts: bool) -> _Block:
     share = machine.efficiency
     peak = setting.hardware.peak(setting.matrix_precision or setting.precision.value)
     narrowest = min(batch.tokens * work.tokens_share, setting.model.hidden_size, work.narrowest / batch.tensor)
-    rate = peak * share.matrices * narrowest / (narrowest + NARROW)
+    rate = peak * share.matrices * narrowest / (narrowest + machine.narrow_width)
     matrices = 2 * batch.tokens * work.matrices / batch.tensor / rate
     # Half of the scores are masked; a rank with a part of the sequence sees the whole of it.
     scores = 2 * batch.tokens * setting.sequence_length * work.query / batch.tensor
@@ -156,9 +155,10 @@ def _block(setting: Setting, work: Work, experts: bool) -> _Block:
     least = setting.software.block_seconds * (1 + ADAPTER_KERNELS * len(work.adapters))
     frozen = matrices if setting.model.lora.rank is not None else 0.0
     ahead, back = (elements * moving for elements in _moved_by_adapters(setting, work))
+    calls = machine.call_seconds * CALLS * (1 + ADAPTER_KERNELS * len(work.adapters))
     return _Block(
-        forward=max(total + ahead, least),
-        backward=max(2 * total - frozen + back, 2 * least) + 0.5 * attention,
+        forward=max(total + ahead + calls / 3, least),
+        backward=max(2 * total - frozen + back + calls * 2 / 3, 2 * least) + 0.5 * attention,
         attention=attention,
         exposed=_within_block(setting, work, experts),
     )
@@ -201,12 +201,18 @@ def _output(setting: Setting) -> tuple[float, float]:
     """Output layer and cross-entropy of one micro-batch, forward and backward."""
     batch, machine = setting.micro_batch, setting.hardware
     logits = batch.tokens * setting.vocabulary_size / batch.tensor
-    matrix = 2 * logits * setting.model.hidden_size / (machine.peak(setting.precision.value) * 0.9)
-    matrix /= machine.efficiency.matrices
-    passes = 4 * 8 + batch.width * 3  # logits in fp32 read and written some four times, in their own format thrice
-    memory = logits * passes / (machine.memory_bytes_per_second * machine.efficiency.memory)
+    share = machine.efficiency
+    matrix = 2 * logits * setting.model.hidden_size / (machine.peak(setting.precision.value) * share.output)
+    matrix /= share.matrices
+    rate = machine.memory_bytes_per_second * (share.cross_entropy or share.memory)
+    memory = logits * logit_bytes(batch.width) / rate
     learns = setting.model.lora.rank is None
     return matrix + memory / 3, (2 if learns else 1) * matrix + memory * 2 / 3
+
+
+def logit_bytes(width: int) -> int:
+    """What cross-entropy reads and writes for a logit: in fp32 some four times each, in its own format thrice."""
+    return 4 * 8 + width * 3
 
 
 def _sent(setting: Setting) -> float:
@@ -234,7 +240,8 @@ def _data(setting: Setting, slowest: Passes) -> float:
     # Interleaved, as many micro-batches as there are stages pass a chunk before the next one's turn: the first chunks'
     # weights are needed, and the last chunks' gradients are there, that many passes before the others.
     passes = min(count, layout.pipeline) if layout.virtual_pipeline > 1 else 1
-    ahead, back = HIDEABLE * passes * slowest.forward, HIDEABLE * passes * slowest.backward
+    hidden = setting.hardware.efficiency.hidden * passes
+    ahead, back = hidden * slowest.forward, hidden * slowest.backward
     if how.stage == 0:
         return 2 * gradients
     if how.stage == 3:
@@ -283,4 +290,5 @@ def _update(setting: Setting) -> float:
         elements /= setting.data * layout.context
     if layout.offload:
         return elements * (6 / machine.host_bytes_per_second + UPDATE_BYTES / HOST_BYTES_PER_SECOND)
-    return UPDATE_BYTES * elements / (machine.memory_bytes_per_second * machine.efficiency.memory)
+    share = machine.efficiency.update or machine.efficiency.memory
+    return UPDATE_BYTES * elements / (machine.memory_bytes_per_second * share)
