@@ -9,16 +9,19 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from launcher.config import RunConfig
 from launcher.plan.facts import Facts
 from launcher.plan.hardware import Efficiency, Hardware, load, of_device
-from launcher.plan.seconds import UPDATE_BYTES, logit_bytes
+from launcher.plan.seconds import UPDATE_BYTES
 from model.config import ModelConfig
+from model.cross_entropy import ChunkedCrossEntropy, LogitForm, weighted_losses
 from model.projections import BLOCK, ROW_PARALLEL, projections
 from model.size import head_size
+from parallel.config import Logits
 from parallel.precision import model_dtype, on_this_machine
+from parallel.topology import Topology
 
 _TRIES, _ENOUGH_SECONDS = 4, 0.1
 """Of three and more the second best counts: the first one is slow, and others may be disturbed by what else runs. When
@@ -49,24 +52,26 @@ def known_machine(config: RunConfig, device: torch.device) -> Hardware | None:
     return of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def measured_cpu(config: RunConfig, facts: Facts, *, clock: Callable[[], float] = time.perf_counter) -> Hardware:
+def measured_cpu(
+    config: RunConfig, facts: Facts, topology: Topology, *, clock: Callable[[], float] = time.perf_counter
+) -> Hardware:
     """What this CPU reaches in what the model's step consists of, while all ranks use it; in some 0.3 s.
 
-    All ranks call this together. Each product of a block and of the output layer is timed at its own shape, forward and
-    backward, in some of a micro-batch's tokens; so are attention, cross-entropy, what moves activations, an update, and
-    the call of an operation. A product is as quick as it is, narrow or wide, and nothing hides behind a pass:
+    All ranks call this together. Each product of a block is timed at its own shape, forward and backward, in some of a
+    micro-batch's tokens; so are the output layer with its cross-entropy, attention, what moves activations, an update,
+    and the call of an operation. A product is as quick as it is, narrow or wide, and nothing hides behind a pass:
     collectives take the cores that the passes take.
     """
     model, dtype = config.model, model_dtype(config.precision)
     samples, length = config.train.micro_batch_size, config.train.sequence_length // config.parallel.context
     tokens, tensor = samples * length, config.parallel.tensor
     seconds = partial(_seconds, clock)
-    latency, link_rate = _links(seconds)  # first: from here on all ranks do the same at the same time
-    blocks, output = _products(config, facts)
-    rows = max(_FEWEST_ROWS, min(tokens, _OPERATIONS // (6 * sum(map(math.prod, (*blocks, output))))))
-    peak, output_rate = (_product_rate(seconds, shapes, rows, dtype) for shapes in (blocks, [output]))
-    moved = torch.ones(_LARGEST, dtype=dtype)
-    rate = 3 * moved.nbytes / seconds(lambda: moved * moved)
+    latency, link_rate = _links(clock)  # first: from here on all ranks do the same at the same time
+    peak = _product_rate(seconds, _products(config), tokens, dtype)
+    output_rate = _output_rate(seconds, config, facts.vocabulary_size // tensor, tokens, topology)
+    elements = min(_LARGEST, tokens * max(1, model.ffn_hidden_size // tensor))
+    moved = torch.ones(max(1, _LARGEST // elements), elements, dtype=dtype)
+    rate = 3 * moved.nbytes / seconds(lambda: [each * each for each in moved])  # kept meanwhile, as activations are
     return Hardware(
         name="this CPU, measured",
         peak_flops={on_this_machine(config.precision).value: peak},
@@ -85,7 +90,7 @@ def measured_cpu(config: RunConfig, facts: Facts, *, clock: Callable[[], float] 
             memory=1.0,
             links=1.0,
             output=output_rate / peak,
-            cross_entropy=_cross_entropy_rate(seconds, facts.vocabulary_size // tensor, tokens, dtype) / rate,
+            cross_entropy=math.inf,  # in `output`
             update=_update_rate(seconds) / rate,
             hidden=0.0,
         ),
@@ -94,8 +99,8 @@ def measured_cpu(config: RunConfig, facts: Facts, *, clock: Callable[[], float] 
     )
 
 
-def _products(config: RunConfig, facts: Facts) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-    """Inputs and outputs of a block's matrices on one tensor rank, and of as much of the output layer as tells."""
+def _products(config: RunConfig) -> list[tuple[int, int]]:
+    """Inputs and outputs of a block's matrices on one tensor rank."""
     model, tensor = config.model, config.parallel.tensor
     if model.moe.experts:  # an expert's are what an MLP of that width would have
         model = replace(model, ffn_hidden_size=model.moe.ffn_hidden_size or model.ffn_hidden_size)
@@ -106,11 +111,12 @@ def _products(config: RunConfig, facts: Facts) -> tuple[list[tuple[int, int]], t
         inputs, outputs = fused.parts[0].inputs, sum(part.outputs for part in fused.parts)
         cut = (inputs // tensor, outputs) if linear in ROW_PARALLEL else (inputs, outputs // tensor)
         found.append(cut)
-    return found, (model.hidden_size, min(_MOST_OUTPUTS, facts.vocabulary_size // tensor))
+    return found
 
 
-def _product_rate(seconds: _Timer, shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype) -> float:
+def _product_rate(seconds: _Timer, shapes: Sequence[tuple[int, int]], tokens: int, dtype: torch.dtype) -> float:
     """Operations a second in a matrix's product and the two of its gradients."""
+    rows = _rows(tokens, sum(map(math.prod, shapes)))
     held = [
         tuple(torch.ones(shape, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
         for inputs, outputs in shapes
@@ -121,6 +127,36 @@ def _product_rate(seconds: _Timer, shapes: Sequence[tuple[int, int]], rows: int,
             _ = read @ matrix.T, gradient @ matrix, gradient.T @ read
 
     return 6 * rows * sum(map(math.prod, shapes)) / seconds(multiply)
+
+
+def _rows(tokens: int, elements: int) -> int:
+    """Of a micro-batch, as many as tell what matrices of so many elements take."""
+    return min(tokens, max(_FEWEST_ROWS, _OPERATIONS // (6 * elements)))
+
+
+def _output_rate(seconds: _Timer, config: RunConfig, vocabulary: int, tokens: int, topology: Topology) -> float:
+    """Operations a second of the output layer's products, in the time that these and the cross-entropy take; of one
+    tensor rank by itself."""
+    outputs, dtype = min(vocabulary, _MOST_OUTPUTS), model_dtype(config.precision)
+    learns = config.model.lora.rank is None
+    rows = _rows(tokens, outputs * config.model.hidden_size)
+    hidden = torch.ones(rows, 1, config.model.hidden_size, dtype=dtype, requires_grad=True)
+    matrix = torch.ones(outputs, config.model.hidden_size, dtype=dtype, requires_grad=learns)
+    batch = {"labels": torch.zeros(1, rows, dtype=torch.int64), "loss_weights": torch.ones(1, rows)}
+    in_chunks = ChunkedCrossEntropy(topology=replace(topology, config=replace(topology.config, tensor=1)))
+
+    def compute() -> None:
+        if config.parallel.logits is Logits.whole:
+            losses = weighted_losses(hidden @ matrix.T, batch, None)
+        else:
+            losses = in_chunks(hidden, matrix, batch, form=LogitForm(), bias=None)
+        torch.autograd.grad(losses.total, (hidden, matrix) if learns else hidden)
+
+    taken, once = seconds(compute), 0.0
+    if learns and config.parallel.logits is not Logits.whole:  # its gradient is made and multiplied, however many rows
+        once = min(taken / 2, seconds(lambda: torch.zeros_like(matrix).add_(matrix * 2.0)))
+    taken = once + (taken - once) * tokens / rows
+    return (6 if learns else 4) * tokens * matrix.numel() / taken
 
 
 def _attention_rate(seconds: _Timer, model: ModelConfig, length: int, tensor: int, dtype: torch.dtype) -> float:
@@ -136,18 +172,6 @@ def _attention_rate(seconds: _Timer, model: ModelConfig, length: int, tensor: in
         torch.autograd.grad(attended, (query, key, value), attended)
 
     return 3.5 * 2 * length * query.numel() / seconds(attend)
-
-
-def _cross_entropy_rate(seconds: _Timer, vocabulary: int, tokens: int, dtype: torch.dtype) -> float:
-    """Bytes a second that the arithmetic's count of what is moved for a logit gives."""
-    rows = max(1, min(tokens, _LARGEST // vocabulary))
-    logits = torch.ones(rows, vocabulary, dtype=dtype, requires_grad=True)
-    labels = torch.zeros(rows, dtype=torch.int64)
-
-    def compute() -> None:
-        torch.autograd.grad(cross_entropy(logits.float(), labels, reduction="none").sum(), logits)
-
-    return logit_bytes(dtype.itemsize) * logits.numel() / seconds(compute)
 
 
 def _update_rate(seconds: _Timer) -> float:
@@ -178,21 +202,21 @@ def _call_seconds(seconds: _Timer) -> float:
     return seconds(call) / _CALLS
 
 
-def _links(seconds: _Timer) -> tuple[float, float]:
+def _links(clock: Callable[[], float]) -> tuple[float, float]:
     """Seconds that a collective of nothing takes, and bytes a second of one way of a ring, over all ranks."""
     ranks = dist.get_world_size()
     if ranks == 1:
         return 1e-6, 1e12
+    seconds, sent = partial(_seconds, clock, enough=math.inf), torch.zeros(_SENT_BYTES // 4)  # as often on all ranks
     latency = seconds(lambda: dist.all_reduce(torch.zeros(1)))
-    sent = torch.zeros(_SENT_BYTES // 4)
     taken = max(seconds(lambda: dist.all_reduce(sent)) - latency, 1e-9)
     return latency, 2 * _SENT_BYTES * (ranks - 1) / ranks / taken
 
 
-def _seconds(clock: Callable[[], float], work: Callable[[], object]) -> float:
+def _seconds(clock: Callable[[], float], work: Callable[[], object], *, enough: float = _ENOUGH_SECONDS) -> float:
     """Of some tries."""
     taken: list[float] = []
-    while len(taken) < 2 or (len(taken) < _TRIES and sum(taken) < _ENOUGH_SECONDS):
+    while len(taken) < 2 or (len(taken) < _TRIES and sum(taken) < enough):
         started = clock()
         work()
         taken.append(clock() - started)

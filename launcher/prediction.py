@@ -11,7 +11,6 @@ in it on a CPU alone, as so many calls of the smallest operation; an accelerator
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from launcher.machine import known_machine, measured_cpu
 from launcher.plan.estimate import Estimate, estimate
 from launcher.plan.facts import Facts, unknown
 from launcher.plan.hardware import Hardware
-from launcher.plan.setting import OURS, Setting
+from launcher.plan.setting import ON_CPU, OURS, Setting
 from launcher.plan.stages import stage_shapes
 from launcher.progress import Progress
 from parallel.common.files import write_json
@@ -62,7 +61,7 @@ def predicted(config: RunConfig, engine: Engine, *, vocabulary_size: int, steps:
         optimizer=config.optimizer,
         sequence_length=config.train.sequence_length,
     )
-    machine = machine or measured_cpu(config, facts)
+    machine = machine or measured_cpu(config, facts, topology)
     own = sum(local.shape.numel() for local in (*engine.parameters, *engine.frozen))
     if topology.pipeline_rank == 0 and sum(size.elements for size in first_stage) != own:
         logger.info("no prediction of time and memory: the planner does not know this kind of model yet")
@@ -82,7 +81,7 @@ def setting_of(config: RunConfig, facts: Facts, topology: Topology, machine: Har
         node_ranks=min(topology.world_size, torch.cuda.device_count()) if cuda else topology.world_size,
         precision=on_this_machine(config.precision),
         hardware=machine,
-        software=OURS if cuda else replace(OURS, block_seconds=0.0),  # a CPU starts nothing ahead
+        software=OURS if cuda else ON_CPU,
         accelerator=cuda,
         packed=config.data.mask_documents,
     )

@@ -205,14 +205,10 @@ def _output(setting: Setting) -> tuple[float, float]:
     matrix = 2 * logits * setting.model.hidden_size / (machine.peak(setting.precision.value) * share.output)
     matrix /= share.matrices
     rate = machine.memory_bytes_per_second * (share.cross_entropy or share.memory)
-    memory = logits * logit_bytes(batch.width) / rate
+    passes = 4 * 8 + batch.width * 3  # logits in fp32 read and written some four times, in their own format thrice
+    memory = logits * passes / rate
     learns = setting.model.lora.rank is None
     return matrix + memory / 3, (2 if learns else 1) * matrix + memory * 2 / 3
-
-
-def logit_bytes(width: int) -> int:
-    """What cross-entropy reads and writes for a logit: in fp32 some four times each, in its own format thrice."""
-    return 4 * 8 + width * 3
 
 
 def _sent(setting: Setting) -> float:
@@ -244,6 +240,8 @@ def _data(setting: Setting, slowest: Passes) -> float:
     ahead, back = hidden * slowest.forward, hidden * slowest.backward
     if how.stage == 0:
         return 2 * gradients
+    if how.own and not setting.software.scatters:
+        gradients *= 2
     if how.stage == 3:
         one_block = (weights + gradients) / max(1, model.layers)
         return count * (max(0.0, weights - ahead) + max(0.0, weights + gradients - back) + one_block)

@@ -30,11 +30,15 @@ class Software:
     """Whether gate, rotary positions and residual sums are one pass over memory each."""
     block_seconds: float = 1e-3
     """Least time of a block's forward pass: the host's, to start its kernels."""
+    scatters: bool = True
+    """Whether our own ZeRO-1 reduces gradients to their owners alone; over gloo all ranks get them, at twice the cost."""
     gradient_width: int = 4
     """Bytes of a gradient's element on its way."""
 
 
 OURS = Software()
+ON_CPU = Software(block_seconds=0.0, scatters=False)
+"""A CPU starts nothing ahead."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ def both(case: Case) -> tuple[float, float]:
         engine.step(batch)
         taken.append(time.process_time() - started)
     facts = Facts.of(config.model, vocabulary_size=vocabulary, sequence_length=config.train.sequence_length)
-    machine = measured_cpu(config, facts, clock=time.process_time)
+    machine = measured_cpu(config, facts, engine.topology, clock=time.process_time)
     return sum(step_seconds(setting_of(config, facts, engine.topology, machine)).values()), min(taken)
 
 
