@@ -31,7 +31,8 @@ class Software:
     block_seconds: float = 1e-3
     """Least time of a block's forward pass: the host's, to start its kernels."""
     scatters: bool = True
-    """Whether our own ZeRO-1 reduces gradients to their owners alone; over gloo all ranks get them, at twice the cost."""
+    """Whether our own ZeRO-1 reduces gradients to their owners alone; over gloo all ranks get them, at twice the
+    cost."""
     gradient_width: int = 4
     """Bytes of a gradient's element on its way."""
 
