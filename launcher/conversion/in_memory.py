@@ -1,14 +1,17 @@
 """A checkpoint as a model of `transformers` in memory, float32: what an export would give, without its files."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data_pipeline.tokenizer import VOCABULARY_MULTIPLE
 from launcher.config import RunConfig
 from launcher.conversion.check import KERNEL, transformers
 from launcher.conversion.export import Weights, check_names, described_model, theirs
 from launcher.places import Checkpoint
+from model import lora, mup
 from model.config import ModelConfig
 from model.hf.families import config_json, pairs_of
 from parallel.checkpoint.stream import StoredTensors
@@ -23,6 +26,19 @@ def needs_transformers(what: str) -> None:
     """
     if not transformers.is_installed:
         raise UserError(f"{what} needs transformers: pip install 'bloomery[hf]'.")
+
+
+def check_known(config: RunConfig) -> None:
+    """Refuses a run whose model cannot be one of `transformers`, before there are any weights.
+
+    Raises:
+        UserError: it says why.
+    """
+    needs_transformers("generating and filling gaps")
+    plain = lora.without(mup.without(config.model))
+    model = replace(plain, vocabulary_size=plain.vocabulary_size or VOCABULARY_MULTIPLE)
+    pairs_of(model)
+    config_json(model, sequence_length=config.train.sequence_length)
 
 
 def in_memory(checkpoint: Checkpoint) -> Any:

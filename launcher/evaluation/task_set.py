@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import RunConfig
-from launcher.conversion.in_memory import needs_transformers
+from launcher.conversion.in_memory import check_known
 from launcher.evaluation.asking import Asked, ask
 from launcher.evaluation.harness import Harness
 from launcher.evaluation.scoring import Row, Scorer
@@ -65,11 +65,13 @@ class Nobody(Asked):
     @cached_property
     def writer(self) -> Writer:
         """Writes nothing."""
+        check_known(self.config)
         return _NoTexts(self.config, self.tokenizer, None)
 
     @cached_property
     def filler(self) -> Filler:
         """Fills nothing in."""
+        check_known(self.config)
         return _NoGaps(self.config, self.tokenizer, None)
 
 
@@ -89,18 +91,15 @@ class _NoScores(Scorer):
 
 class _NoTexts(Writer):
     def write(self, prompts: Sequence[Sequence[int]], options: Options, **_: Any) -> list[str]:
-        needs_transformers("generating")
         self.refuse(options)
         return ["" for _ in prompts]
 
     def fill(self, prompts: Sequence[str], options: Options, **_: Any) -> list[list[str]]:
-        needs_transformers("telling spans")
         return [["" for _ in range(prompt.count(MASK))] for prompt in prompts]
 
 
 class _NoGaps(Filler):
     def fill(self, text: str, count: int = 5) -> tuple[str, list[Candidates]]:
-        needs_transformers("filling gaps")
         self.read(text)
         return text, [[("", 0.0)] * count for _ in range(text.count(MASK))]
 

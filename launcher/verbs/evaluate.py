@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_pipeline.store import VALIDATION, Store
-from launcher.config import RunConfig
+from launcher.config import EvaluateConfig, RunConfig
 from launcher.evaluation import result
 from launcher.evaluation.task import HarnessTasks, Questions, read_task
 from launcher.places import Checkpoint, find_checkpoint
@@ -126,8 +126,8 @@ def _without_ranks(options: argparse.Namespace) -> list[str]:
 
 def in_layout(config: RunConfig, ranks: int) -> RunConfig:
     """The run's own layout where it fits this many ranks, else plain data parallelism: the result is the same."""
-    try:
-        check_training(config, ranks=ranks)
+    try:  # what the run looked at while it trained, such as files of tasks, need not be there any more
+        check_training(replace(config, evaluate=EvaluateConfig()), ranks=ranks)
     except ConfigError:
         return replace(config, parallel=ParallelConfig())
     return config

@@ -16,6 +16,7 @@ from launcher.report.page import page
 from launcher.run_directory import TASK, RunDirectory
 from launcher.verify.world import run_world
 from parallel.checkpoint.stream import StoredTensors
+from tests.launcher.test_encoders import MODELS
 from tests.launcher.test_exact_resume import stopped
 from tests.launcher.test_tasks import HARNESS, task
 from tests.launcher.test_train import records
@@ -101,6 +102,46 @@ def test_training_asks_what_evaluate_asks_and_goes_on_unchanged(
     assert config.is_file()
 
 
+MOE = {
+    "family": "mixtral",
+    "layers": 2,
+    "hidden_size": 32,
+    "heads": 4,
+    "kv_heads": 2,
+    "ffn_hidden_size": 48,
+    "moe": {"experts": 4},
+}
+GAPS = [{"text": "iron [MASK] clay", "label": "ore"}]
+PAIRS = [{"text": "iron ore", "second": "clay", "label": each} for each in (True, False)]
+WRITTEN = [{"text": "iron", "label": "ore"}]
+"""Records of a task, of which a line is all that the test asks."""
+
+
+@pytest.mark.truth
+@pytest.mark.parametrize(
+    ("model", "layout", "tasks"),
+    [
+        (MOE, {"expert": 2}, {"generation": WRITTEN}),
+        (MODELS["bert"][0], {"tensor": 2}, {"cloze": GAPS, "next_sentence": PAIRS}),
+        (MODELS["t5"][0], {"pipeline": 2}, {"cloze": GAPS}),
+    ],
+    ids=["experts", "bert-tp2", "t5-pp2"],
+)
+def test_every_kind_of_model_is_asked(
+    tmp_path: Path, store: Path, model: dict[str, Any], layout: dict[str, int], tasks: dict[str, list[Any]]
+) -> None:
+    files = [task(tmp_path, records, name=kind, kind=kind) for kind, records in tasks.items()]
+    sections = {"model": model, "train": {"steps": 4}, "parallel": layout}
+    ask = {"tasks": {"files": list(map(str, files)), "every_steps": 4}}
+    codes, said = run("train", configuration(tmp_path, store, evaluate=ask, **sections), ranks=2)
+    assert codes == [0, 0], said
+    named = [word for file in files for word in ("--task", file)]
+    codes, said = run("evaluate", tmp_path / "run", *named, "--json", tmp_path / "found.json", ranks=2)
+    assert codes == [0, 0], said
+    for name, figures in json.loads((tmp_path / "found.json").read_text())["tasks"].items():
+        assert asked(tmp_path)[4, name] == {"checkpoint": "step-00000004", **figures}
+
+
 def weights(directory: Path) -> dict[str, bytes]:
     """Of the last checkpoint, to the bit."""
 
@@ -156,6 +197,7 @@ def test_a_task_that_is_wrong_is_told_before_the_first_step(tmp_path: Path, stor
             (good, [{"text": "x", "label": "c"}], [], "evaluate.tasks: the task t: the answer 'c' is none of"),
             ({**good, "prompt": "{question}"}, right, [], "cannot be filled"),
             ({"name": "t", "kind": "cloze"}, right, [], "expected an encoder"),
+            ({"name": "t", "kind": "generation"}, right, ["model.moe.experts=4"], "a llama has no experts"),
             (long, right, learned, "expected fewer than the 32 positions of the model"),
         )
     ):
