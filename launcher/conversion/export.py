@@ -269,6 +269,13 @@ def around(tokenizer: Tokenizer, config: RunConfig) -> tuple[list[int], list[int
     return [known.first], [known.separator]
 
 
+def beginning(tokenizer: Tokenizer, config: RunConfig) -> int:
+    """What a model that goes on with texts reads first: the end of the document before, as in training; an imported
+    one, which never saw ours, what its own tokenizer puts there, if it puts one token."""
+    own, _ = tokenizer.around
+    return own[0] if config.data.store == MISSING and len(own) == 1 else tokenizer.end_of_document
+
+
 def _write_plain(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

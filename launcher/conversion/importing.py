@@ -29,7 +29,7 @@ from launcher.runtime import in_ranks
 from launcher.verbs.conversion import ImportFormat, ImportJob
 from launcher.work import Ranks
 from model.config import Classified, ModelConfig
-from model.hf.pairs import Pair
+from model.hf.pairs import Pair, filled_up
 from model.size import parameter_count
 from parallel.common.errors import UserError
 from parallel.common.units import format_count
@@ -114,7 +114,8 @@ def _facts(foreign: Foreign) -> examples.Facts:
 
 
 def _joined(pair: Pair, foreign: Foreign, kind: Kind) -> Tensor:
-    return pair.join([foreign.source.read(part, kind) for part in pair.theirs])
+    found = pair.join([foreign.source.read(part, kind) for part in pair.theirs])
+    return filled_up(found, pair.filling) if kind is Kind.weight else found
 
 
 def _shapes(foreign: Foreign) -> Iterator[tuple[Pair, Tensor]]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from data_pipeline.marks import of_tokenizer
 from data_pipeline.tokenizer import Tokenizer
 from launcher.config import RunConfig
-from launcher.conversion.export import around, labels_of, needed_tokenizer
+from launcher.conversion.export import around, beginning, labels_of, needed_tokenizer
 from launcher.conversion.in_memory import needs_transformers
 from launcher.evaluation.baselines import bits_per_byte
 from launcher.evaluation.metrics import classified, tagged, written
@@ -61,6 +61,7 @@ class Asked:
         self.rank = rank
         self.architecture = families.family(config.model).architecture
         self.tokenizer: Tokenizer = needed_tokenizer(run, config)
+        self.first = beginning(self.tokenizer, config)
         self._engine, self._make_model, self._alive = engine, model, alive
 
     @cached_property
@@ -101,7 +102,7 @@ class Asked:
         encode, rows = self.tokenizer.encode_batch, []
         wholes, befores = encode([a + b for a, b in pairs]), encode([a for a, _ in pairs])
         for whole, before in zip(wholes, befores, strict=True):
-            ids = [self.tokenizer.end_of_document, *whole]
+            ids = [self.first, *whole]
             # Where the border lies inside a token, that token counts as a part of what follows.
             rows.append(Row(ids=ids, asked=range(min(len(before), len(whole) - 1) + 1, len(ids))))
         return self.scorer.scores(rows)
@@ -131,7 +132,7 @@ def _perplexity(asked: Asked, task: Task, records: Records) -> Found:
     rows: list[Row] = []
     owner: list[int] = []
     for number, ids in enumerate(asked.tokenizer.encode_batch(texts)):
-        found = windows([end, *ids, end], length, stride)
+        found = windows([asked.first, *ids, end], length, stride)
         rows += found
         owner += [number] * len(found)
     nats = np.bincount(owner, weights=[-score for score, _ in asked.scorer.scores(rows)], minlength=len(texts))

@@ -1,7 +1,8 @@
 """Texts from a checkpoint, through `transformers`' `generate`.
 
-A causal model reads the end of a document and then the prompt, as every document begins in training; a T5 reads the
-prompt with its end and tells what its decoder says. Several prompts are decoded together, padded on the left.
+A causal model reads the end of a document and then the prompt, as every document begins in training; an imported one
+what its own tokenizer puts before a text. A T5 reads the prompt with its end and tells what its decoder says. Several
+prompts are decoded together, padded on the left.
 """
 
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -20,7 +21,7 @@ from data_pipeline.marks import of_tokenizer
 from data_pipeline.tokenizer import Tokenizer
 from launcher.config import RunConfig
 from launcher.conversion.check import transformers
-from launcher.conversion.export import needed_tokenizer
+from launcher.conversion.export import beginning, needed_tokenizer
 from launcher.conversion.in_memory import in_memory, needs_transformers
 from launcher.generation.options import Options
 from launcher.places import Checkpoint
@@ -42,6 +43,7 @@ class Writer:
     ) -> None:
         """Of a run, whose weights `model` of `transformers` has; `alive` is called after every `TOGETHER` prompts."""
         self.tokenizer = tokenizer
+        self._first = beginning(tokenizer, config)
         self._alive = alive
         self.model = model
         self.two_stacks = families.family(config.model).architecture is families.Architecture.encoder_decoder
@@ -66,7 +68,7 @@ class Writer:
         """What the model reads of a prompt."""
         ids = self.tokenizer.encode_batch([prompt])[0]
         if not self.two_stacks:
-            return [self.tokenizer.end_of_document, *ids]
+            return [self._first, *ids]
         parts = self.tokenizer.encode_batch(prompt.split(MASK))
         ids = list(parts[0])
         for part, sentinel in zip(parts[1:], self._sentinels(len(parts) - 1), strict=True):

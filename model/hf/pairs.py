@@ -25,6 +25,8 @@ class Pair:
     """Ours to theirs, in the order of their names."""
     join: Callable[[Sequence[Tensor]], Tensor]
     """Theirs to ours."""
+    filling: int = 0
+    """Last rows of ours, zeros, that nothing elsewhere stands for (`filled_up`)."""
 
 
 def same(ours: str, theirs: str) -> Pair:
@@ -58,7 +60,20 @@ def vocabulary(ours: str, theirs: str, config: ModelConfig) -> Pair:
             return tensor
         return torch.cat((tensor, tensor.new_zeros(padded - rows, *tensor.shape[1:])))
 
-    return Pair(ours=ours, theirs=(theirs,), split=lambda tensor: [tensor[:rows]], join=fill)
+    return Pair(ours=ours, theirs=(theirs,), split=lambda tensor: [tensor[:rows]], join=fill, filling=padded - rows)
+
+
+def filled_up(weight: Tensor, filling: int) -> Tensor:
+    """A weight whose last rows are the mean of the others.
+
+    As zeros they would be tokens of logit 0, and many a model's other logits are far below that: of GPT-2 those rows
+    would have nearly all probability. The exponential of a mean is at most the mean of the exponentials, so as means
+    they have at most their share of the rows.
+    """
+    if filling:
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        weight[-filling:] = weight[:-filling].mean(dim=0, dtype=exact)
+    return weight
 
 
 def halves(ours: str, theirs: tuple[str, str]) -> Pair:

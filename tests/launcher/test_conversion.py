@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -98,6 +99,26 @@ def test_an_import_trains_on(theirs: Path, tmp_path: Path, store: Path) -> None:
     assert replace(model, vocabulary_size=None).hidden_size == 48
     assert model.vocabulary_size == 256
     assert model.unpadded_vocabulary_size == 250
+
+
+@pytest.mark.truth
+def test_an_imported_model_reads_first_what_its_own_tokenizer_puts_there(theirs: Path, tmp_path: Path) -> None:
+    words = ("<unk>", "<s>", "</s>", "iron", "ore", "clay", "fire", *(f"w{number}" for number in range(243)))
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: n for n, word in enumerate(words)}, "<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    shutil.copytree(theirs, tmp_path / "hf")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(tmp_path / "hf")
+    assert in_process(import_main, tmp_path / "hf", "--output", tmp_path / "run") == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    read = tokenizer("iron ore clay", return_tensors="pt", return_token_type_ids=False)
+    found = model.generate(**read, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, 4:].tolist()
+    written = tokenizer.decode(found[: found.index(2)] if 2 in found else found)
+    prompt = ("--prompt", "iron ore clay", "--tokens", "6", "--json", tmp_path / "written.json")
+    codes, said = run("generate", tmp_path / "run", *prompt)
+    assert codes == [0], said
+    assert json.loads((tmp_path / "written.json").read_text())[0]["continuation"].split() == written.split()
 
 
 def broken(theirs: Path, tmp_path: Path, change: Callable[[Path], None]) -> str:

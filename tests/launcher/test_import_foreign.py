@@ -39,7 +39,7 @@ from launcher.work import Ranks
 from model import megatron
 from model.config import ModelConfig
 from model.hf.families import FAMILIES
-from model.hf.pairs import Pair
+from model.hf.pairs import Pair, filled_up
 from parallel import cpu
 from parallel.checkpoint.stream import StoredTensors
 from parallel.common.errors import UserError
@@ -73,6 +73,8 @@ def assert_same(stored: StoredTensors, pairs: list[Pair], values: Values) -> Non
     for kind, tensors in values.items():
         for pair in pairs:
             wanted = pair.join([tensors[name] for name in pair.theirs])
+            if kind is Kind.weight:
+                wanted = filled_up(wanted, pair.filling)
             assert torch.equal(stored.read(f"{kind}.{pair.ours}"), wanted), (kind, pair.ours)
 
 

@@ -1,6 +1,7 @@
 """Every family with tiny random weights made by `transformers` itself: its logits, and its files back bit for bit."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from launcher.verify.measure import engine_of
 from launcher.verify.world import run_world
 from model.config import FamilyName, ModelConfig
 from model.hf.families import FAMILIES, config_json, model_values
+from model.hf.pairs import filled_up, vocabulary
 from parallel.common.errors import UserError
 from tests.distributed.layouts import tiny
 
@@ -262,6 +264,22 @@ def test_what_a_family_cannot_say_is_not_exported(change: dict[str, Any], told: 
     with pytest.raises(UserError) as error:
         config_json(model, sequence_length=SEQUENCE)
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize("lift", [0.0, -40.0, 40.0])
+def test_rows_that_only_fill_up_take_no_more_than_their_share(lift: float) -> None:
+    """Of a model whose logits are far below 0, as GPT-2's are, or far above."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, theirs = torch.randn(20, 48, generator=generator), torch.randn(250, 48, generator=generator)
+    biases = torch.randn(250, generator=generator) + lift
+    config = ModelConfig(vocabulary_size=384, unpadded_vocabulary_size=250)
+    pair = vocabulary("a", "b", config)
+    ours, bias = (filled_up(pair.join([tensor]), pair.filling) for tensor in (theirs, biases))
+    assert torch.equal(ours[:250], theirs)
+    before = (hidden @ theirs.T + biases).logsumexp(dim=-1)
+    after = (hidden @ ours.T + bias).logsumexp(dim=-1)
+    assert float((after - before).max()) < math.log(384 / 250)
+    assert (ours.shape, bias.shape) == ((384, 48), (384,))
 
 
 def test_older_files_say_rotary_positions_elsewhere() -> None:
