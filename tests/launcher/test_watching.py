@@ -108,7 +108,9 @@ BEGUN = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]]
 
 
 def texts(case: Case, begun: list[list[int]]) -> list[list[int]]:
-    return continued(engine_of(case), begun, tokens=14, window=16)  # longer than the window at the end
+    engine = engine_of(case)
+    engine.updater.module.train(False)
+    return continued(engine, begun, tokens=14, window=16)  # longer than the window at the end
 
 
 @pytest.mark.distributed
