@@ -68,7 +68,7 @@ def measured_cpu(
     seconds = partial(_seconds, clock)
     latency, link_rate = _links(clock)  # first: from here on all ranks do the same at the same time
     peak = _product_rate(seconds, _products(config), tokens, dtype)
-    output_rate = _output_rate(seconds, config, facts.vocabulary_size // tensor, tokens, topology)
+    output_rate = _output_rate(seconds, config, facts, tokens, topology)
     elements = min(_LARGEST, tokens * max(1, model.ffn_hidden_size // tensor))
     moved = torch.ones(max(1, _LARGEST // elements), elements, dtype=dtype)
     rate = 3 * moved.nbytes / seconds(lambda: [each * each for each in moved])  # kept meanwhile, as activations are
@@ -134,11 +134,12 @@ def _rows(tokens: int, elements: int) -> int:
     return min(tokens, max(_FEWEST_ROWS, _OPERATIONS // (6 * elements)))
 
 
-def _output_rate(seconds: _Timer, config: RunConfig, vocabulary: int, tokens: int, topology: Topology) -> float:
+def _output_rate(seconds: _Timer, config: RunConfig, facts: Facts, tokens: int, topology: Topology) -> float:
     """Operations a second of the output layer's products, in the time that these and the cross-entropy take; of one
     tensor rank by itself."""
-    outputs, dtype = min(vocabulary, _MOST_OUTPUTS), model_dtype(config.precision)
-    learns = config.model.lora.rank is None
+    classes, dtype = config.model.classes.number, model_dtype(config.precision)
+    outputs = classes or min(facts.vocabulary_size // topology.config.tensor, _MOST_OUTPUTS)
+    learns, whole = classes > 0 or config.model.lora.rank is None, classes > 0 or config.parallel.logits is Logits.whole
     rows = _rows(tokens, outputs * config.model.hidden_size)
     hidden = torch.ones(rows, 1, config.model.hidden_size, dtype=dtype, requires_grad=True)
     matrix = torch.ones(outputs, config.model.hidden_size, dtype=dtype, requires_grad=learns)
@@ -146,14 +147,14 @@ def _output_rate(seconds: _Timer, config: RunConfig, vocabulary: int, tokens: in
     in_chunks = ChunkedCrossEntropy(topology=replace(topology, config=replace(topology.config, tensor=1)))
 
     def compute() -> None:
-        if config.parallel.logits is Logits.whole:
+        if whole:
             losses = weighted_losses(hidden @ matrix.T, batch, None)
         else:
             losses = in_chunks(hidden, matrix, batch, form=LogitForm(), bias=None)
         torch.autograd.grad(losses.total, (hidden, matrix) if learns else hidden)
 
     taken, once = seconds(compute), 0.0
-    if learns and config.parallel.logits is not Logits.whole:  # its gradient is made and multiplied, however many rows
+    if learns and not whole:  # its gradient is made and multiplied, however many rows
         once = min(taken / 2, seconds(lambda: torch.zeros_like(matrix).add_(matrix * 2.0)))
     taken = once + (taken - once) * tokens / rows
     return (6 if learns else 4) * tokens * matrix.numel() / taken

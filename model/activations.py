@@ -91,7 +91,7 @@ def logits_bytes(config: ModelConfig, vocabulary_size: int, batch: MicroBatch) -
     """What the cross-entropy keeps, and the most that is there at one time. Whole: probabilities in fp32; the logits,
     these in fp32, and their gradient. In chunks: gradients of hidden states and of the matrix, this in fp32 where there
     are several; a chunk's logits and their gradient besides, and its part of the matrix's."""
-    share = vocabulary_size // batch.tensor
+    share = config.classes.number or vocabulary_size // batch.tensor  # those of classes are whole on each tensor rank
     if batch.logit_rows is None:
         logits = batch.tokens * share
         return 4 * logits + 8 * batch.tokens, (batch.width + 8) * logits

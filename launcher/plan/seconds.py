@@ -200,14 +200,14 @@ def _within_block(setting: Setting, work: Work, experts: bool) -> float:
 def _output(setting: Setting) -> tuple[float, float]:
     """Output layer and cross-entropy of one micro-batch, forward and backward."""
     batch, machine = setting.micro_batch, setting.hardware
-    logits = batch.tokens * setting.vocabulary_size / batch.tensor
+    logits = batch.tokens * setting.outputs
     share = machine.efficiency
     matrix = 2 * logits * setting.model.hidden_size / (machine.peak(setting.precision.value) * share.output)
     matrix /= share.matrices
     rate = machine.memory_bytes_per_second * (share.cross_entropy or share.memory)
     passes = 4 * 8 + batch.width * 3  # logits in fp32 read and written some four times, in their own format thrice
     memory = logits * passes / rate
-    learns = setting.model.lora.rank is None
+    learns = setting.model.lora.rank is None or setting.model.classes.number
     return matrix + memory / 3, (2 if learns else 1) * matrix + memory * 2 / 3
 
 
@@ -259,7 +259,7 @@ def stage_elements(setting: Setting) -> float:
     matrices = 0.0
     for experts, work in facts.work.items():
         matrices += facts.blocks(experts=experts) * (work.held + work.held_in_experts / layout.expert)
-    ends = (1 if model.tie_embeddings else 2) * setting.vocabulary_size * model.hidden_size
+    ends = (1 if model.tie_embeddings or model.classes.number else 2) * setting.vocabulary_size * model.hidden_size
     own = (matrices / layout.pipeline + ends / min(2, layout.pipeline)) / layout.tensor
     return own if model.lora.rank is None else own + _adapter_elements(setting)
 

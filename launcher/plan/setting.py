@@ -79,6 +79,11 @@ class Setting:
         """Bytes of a weight."""
         return WIDTHS[self.precision]
 
+    @property
+    def outputs(self) -> float:
+        """What a tensor rank predicts for a token: classes, or its part of the vocabulary."""
+        return self.model.classes.number or self.vocabulary_size / self.layout.tensor
+
     @cached_property
     def data(self) -> int:
         """Ranks that read different samples."""

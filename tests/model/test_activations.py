@@ -17,7 +17,7 @@ from launcher.verify.batches import Traits
 from launcher.verify.measure import Case, batch_of, engine_of
 from launcher.verify.world import run_world
 from model.activations import MicroBatch, chunk_bytes, embedding_bytes, logits_bytes, output_bytes
-from model.config import Activation, Dispatcher, LoraConfig, MoeConfig, Norm, Position
+from model.config import Activation, ClassesConfig, Dispatcher, LoraConfig, MoeConfig, Norm, Position
 from model.layer_context import LayerContext
 from model.specs import Block
 from parallel.config import Logits, Recompute, RecomputeConfig
@@ -94,7 +94,7 @@ def computed(case: Case, stage: int) -> int:
         sequence_parallel=layout.tensor > 1 and layout.sequence_parallel is not False,
         width=case.dtype.itemsize,
         packed=case.traits.packed,
-        logit_rows=None if layout.logits is Logits.whole else 64,
+        logit_rows=None if layout.logits is Logits.whole or model.classes.number else 64,
     )
     first, last = stage == 0, stage == layout.pipeline - 1
     found = chunk_bytes(model, chunk_layers(model.layers, layout)[stage], batch, layout.recompute)
@@ -113,6 +113,7 @@ def computed(case: Case, stage: int) -> int:
     [
         ({}, {}, torch.float32, False),
         ({}, {"logits": Logits.whole}, torch.float32, False),
+        ({"classes": ClassesConfig(number=4)}, {"tensor": 2}, torch.float32, True),
         ({}, {}, torch.bfloat16, False),
         ({}, {}, torch.bfloat16, True),
         (GPT2, {}, torch.bfloat16, False),
