@@ -183,12 +183,18 @@ def test_files_that_come_later_are_read_and_repeated_ids_stay_apart(corpus: Path
     assert any("~" in identifier for identifier in found)
     assert set(found.values()) <= set(texts)
     (inbox / "c.jsonl").write_text(json.dumps({"id": "x", "text": "a late one " * 30}) + "\n")
-    waiting = replace(config, grow=replace(config.grow, idle_seconds=20.0))
+    waiting = replace(config, grow=replace(config.grow, idle_seconds=3.0))
     (tmp_path / "d.jsonl").write_text(json.dumps({"id": "y", "text": "something else that is new " * 20}) + "\n")
-    mover = threading.Timer(1.5, lambda: (tmp_path / "d.jsonl").rename(inbox / "d.jsonl"))
-    stopper = replace(waiting, grow=replace(waiting.grow, idle_seconds=3.0))
-    mover.start()
-    assert {"x", "y"} <= set(texts_of(grow(stopper)))
+    portions = tmp_path / "store" / "growth"
+    before = len(list(portions.glob("0*")))
+
+    def comes_when_the_one_before_is_taken() -> None:
+        while len(list(portions.glob("0*"))) == before:
+            time.sleep(0.05)
+        (tmp_path / "d.jsonl").rename(inbox / "d.jsonl")
+
+    threading.Thread(target=comes_when_the_one_before_is_taken, daemon=True).start()
+    assert {"x", "y"} <= set(texts_of(grow(waiting)))
 
 
 def test_a_changed_configuration_or_a_missing_file_is_refused(corpus: Path, grown: Path, tmp_path: Path) -> None:
@@ -243,15 +249,15 @@ def test_training_follows_a_growing_store(corpus: Path, tmp_path: Path, caplog: 
     }
     job = threading.Thread(target=grow, args=(config,))
     job.start()
-    limit = time.monotonic() + 30
+    limit = time.monotonic() + 120
     while time.monotonic() < limit:
         if (tmp_path / "store" / "manifest.jsonl").exists() and Store.open(tmp_path / "store", follow=True).sources:
             break
         time.sleep(0.01)
-    plan = Plan(following=Following(limit_seconds=30, look_seconds=0.02))
+    plan = Plan(following=Following(limit_seconds=120, look_seconds=0.02))
     own = Loader(Store.open(tmp_path / "store", follow=True), **arguments, plan=plan)
     batches = [own.next_batch() for _ in range(300)]
-    job.join(timeout=60)
+    job.join(timeout=120)
     finished = Loader(Store.open(tmp_path / "store"), **arguments)
     assert all(torch.equal(batch["tokens"], finished.next_batch()["tokens"]) for batch in batches)
     assert own.state_dict() == finished.state_dict()

