@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.accept_quickstart import failures
-from tests.launcher.tiny import configuration, run
+from tests.launcher.tiny import configuration, ran
 
 
 @pytest.fixture(scope="module")
@@ -14,8 +14,7 @@ def untrained(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
     directory = tmp_path_factory.mktemp("untrained")
     config = configuration(directory, store, optimizer={"learning_rate": 1e-12})
     for arguments in (("train", config), *((verb, directory / "run") for verb in ("evaluate", "generate", "report"))):
-        codes, said = run(*arguments)
-        assert codes == [0], said
+        ran(*arguments)
     return directory / "run"
 
 

@@ -13,14 +13,13 @@ import torch
 from data_pipeline.batch_sizes import BatchSizes
 from launcher.anomaly.config import AnomalyConfig, Policy
 from launcher.anomaly.judge import Judge, RollBack
-from launcher.outcome import Outcome
 from launcher.preempt import Preempt
 from launcher.progress import Progress
 from launcher.run_directory import RunDirectory
 from parallel.checkpoint.manifest import Manifest, whole_steps
 from parallel.engine import Engine, StepResult
 from tests.launcher.test_train import records
-from tests.launcher.tiny import configuration, run
+from tests.launcher.tiny import configuration, outcome_of, ran, run
 
 EVERY_STEP = {"every_steps": 1, "keep": 20}
 
@@ -95,8 +94,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_all_and_changes_nothing(
         checkpoint=EVERY_STEP,
         anomaly={"not_finite": "skip", "replicas_every_steps": 1},
     )
-    codes, said = run("train", config, f"precision={precision}", ranks=2)
-    assert codes == [0, 0], said
+    said = ran("train", config, f"precision={precision}", ranks=2)
     (found,) = anomalies(tmp_path)
     assert (found["step"], found["kind"], found["policy"]) == (3, "not_finite", "skip")
     assert "the gradient norm of step 3 is not finite: its update is not made" in said
@@ -127,8 +125,7 @@ def test_a_copy_of_a_weight_that_went_bad_is_written_anew(
 
     monkeypatch.setattr(Engine, "accumulate", patched)
     config = configuration(tmp_path, store, train={"steps": 5}, anomaly={"not_finite": "skip"})
-    codes, said = run("train", config, ranks=2)
-    assert codes == [0, 0], said
+    ran("train", config, ranks=2)
     written = list(RunDirectory(tmp_path / "run").metrics)
     assert [record["loss"] is None for record in written] == [False, False, True, False, False]
     assert None in written[2]["loss_by_source"].values()
@@ -143,10 +140,8 @@ def test_a_copy_of_a_weight_that_went_bad_is_written_anew(
 @pytest.mark.distributed
 def test_stop_ends_all_ranks_unsaved(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gradient_becomes(monkeypatch, math.nan, on_rank(1, 6))
-    codes, said = run("train", configuration(tmp_path, store), ranks=2)
-    assert codes == [1, 1]
-    outcome = Outcome.read(tmp_path / "run/outcome.json")
-    assert outcome is not None
+    said = ran("train", configuration(tmp_path, store), ranks=2, code=1)
+    outcome = outcome_of(tmp_path)
     assert "the gradient norm of step 6 is not finite: the run ends here, unsaved" in outcome.message
     assert list(whole_steps(tmp_path / "run/checkpoints")) == [4]
     assert said.count("Traceback") >= 1
@@ -166,8 +161,7 @@ def test_a_rollback_jumps_over_the_data(tmp_path: Path, store: Path, monkeypatch
     assert run("train", configuration(plain, store), ranks=2)[0] == [0, 0]
     gradient_becomes(monkeypatch, math.nan, lambda _engine, batch: 6 * 4 - 1 in batch["sample_ids"])
     config = configuration(bad, store, anomaly={"not_finite": "rollback"})
-    codes, said = run("train", config, ranks=2)
-    assert codes == [0, 0], said
+    said = ran("train", config, ranks=2)
     mine, theirs = records(bad), records(plain)
     assert [record["step"] for record in mine] == list(range(1, 13))
     assert mine[:4] == theirs[:4]
@@ -211,8 +205,7 @@ def test_a_bad_step_is_not_saved_though_nobody_has_read_it(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gradient_becomes(monkeypatch, math.nan, on_rank(0, 8))
-    codes, said = run("train", configuration(tmp_path, store, train=SELDOM))
-    assert codes == [1]
+    said = ran("train", configuration(tmp_path, store, train=SELDOM), code=1)
     assert "the gradient norm of step 8 is not finite: the run ends here, unsaved" in said
     assert list(whole_steps(tmp_path / "run/checkpoints")) == [4]
 
@@ -222,8 +215,7 @@ def test_a_rollback_keeps_the_sizes_of_a_ramp(tmp_path: Path, store: Path, monke
     ramp = {"train": {"batch_size_ramp": [{"global_batch_size": 2, "until_step": 6}], "micro_batch_size": 1}}
     gradient_becomes(monkeypatch, math.nan, lambda _engine, batch: 9 in batch["sample_ids"])  # in the fifth step
     config = configuration(tmp_path, store, anomaly={"not_finite": "rollback"}, **ramp)
-    codes, said = run("train", config, ranks=2)
-    assert codes == [0, 0], said
+    ran("train", config, ranks=2)
     taken = [record["samples"] for record in records(tmp_path)]
     assert taken == [2, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32, 36]
     state = json.loads((tmp_path / "run/checkpoints/step-00000012/state.json").read_text())["loader"]
@@ -236,12 +228,10 @@ def test_a_run_that_goes_back_again_and_again_ends(
 ) -> None:
     gradient_becomes(monkeypatch, math.nan, lambda engine, _batch: engine.schedule.steps_taken >= 4)
     config = configuration(tmp_path, store, anomaly={"not_finite": "rollback", "tries": 2})
-    codes, said = run("train", config)
-    assert codes == [1]
+    said = ran("train", config, code=1)
     assert "went back to the checkpoint of step 4 for the 3. time" in said
     config = configuration(tmp_path, store, anomaly={"not_finite": "skip", "tries": 2})
-    codes, said = run("train", config)
-    assert codes == [1]
+    said = ran("train", config, code=1)
     assert "it is the 3. in a row" in said
 
 
@@ -374,10 +364,8 @@ def test_a_flipped_bit_names_its_rank(
         tmp_path, store, train={"global_batch_size": 6}, parallel=layout, anomaly={"replicas_every_steps": 2},
         checkpoint={"every_steps": 4},
     )  # fmt: skip
-    codes, said = run("train", config, *options, ranks=ranks)
-    assert codes == [1] * ranks, said
-    outcome = Outcome.read(tmp_path / "run/outcome.json")
-    assert outcome is not None
+    ran("train", config, *options, ranks=ranks, code=1)
+    outcome = outcome_of(tmp_path)
     assert "silent corruption at step 4" in outcome.message
     assert told in outcome.message
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))

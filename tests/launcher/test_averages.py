@@ -13,7 +13,7 @@ from parallel.checkpoint.stream import StoredTensors
 from parallel.common.errors import UserError
 from tests.launcher.test_conversion import in_process
 from tests.launcher.test_train import records
-from tests.launcher.tiny import configuration, run
+from tests.launcher.tiny import configuration, ran, run
 
 pytestmark = pytest.mark.distributed
 
@@ -23,8 +23,7 @@ def averaged(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
     """The directory of a run of twelve steps that keeps an average."""
     directory = tmp_path_factory.mktemp("averaged")
     config = configuration(directory, store, optimizer={"learning_rate": 1e-2, "average_decay": 0.8})
-    codes, said = run("train", config, ranks=2)
-    assert codes == [0, 0], said
+    ran("train", config, ranks=2)
     return directory
 
 
@@ -38,8 +37,7 @@ def stored(run_directory: Path, step: int) -> dict[str, torch.Tensor]:
 
 def test_an_average_is_kept_resumed_and_exported(averaged: Path, tmp_path: Path, store: Path) -> None:
     config = configuration(tmp_path, store, optimizer={"learning_rate": 1e-2, "average_decay": 0.8})
-    codes, said = run("train", config, f"checkpoint.load={averaged / 'run'}@4", "parallel.tensor=2", ranks=2)
-    assert codes == [0, 0], said
+    ran("train", config, f"checkpoint.load={averaged / 'run'}@4", "parallel.tensor=2", ranks=2)
     assert records(tmp_path)[-1]["loss"] == pytest.approx(records(averaged)[-1]["loss"], rel=1e-4)
     ours, theirs = stored(averaged / "run", 12), stored(tmp_path / "run", 12)
     assert ours.keys() == theirs.keys()
@@ -58,31 +56,26 @@ def test_a_run_without_an_average_has_none_to_load_or_to_export(tmp_path: Path, 
     with pytest.raises(UserError, match="keeps no average of the weights"):
         in_process(export_main, tmp_path / "run", "--output", tmp_path / "mean", "--average")
     more = ("train.steps=6", "optimizer.average_decay=0.9", f"run.dir={tmp_path / 'more'}")
-    codes, said = run("train", config, *more, f"checkpoint.load={tmp_path / 'run'}")
-    assert codes == [2]
+    said = ran("train", config, *more, f"checkpoint.load={tmp_path / 'run'}", code=2)
     assert "holds no state of average" in said
 
 
 def test_the_mean_of_checkpoints_is_a_checkpoint(averaged: Path, tmp_path: Path) -> None:
     names = [f"{averaged / 'run'}@{step}" for step in (4, 8, 12)]
-    codes, said = run("checkpoint", "average", *names, "--output", tmp_path / "mean")
-    assert codes == [0], said
+    ran("checkpoint", "average", *names, "--output", tmp_path / "mean")
     parts = [stored(averaged / "run", step) for step in (4, 8, 12)]
     found = stored(tmp_path / "mean", 12)
     assert {name for name in parts[0] if name.startswith("weight.")} == set(found)
     for name, tensor in found.items():
         assert torch.equal(tensor, (sum(part[name].double() for part in parts) / 3).float())
-    codes, said = run("evaluate", tmp_path / "mean")
-    assert codes == [0], said
+    ran("evaluate", tmp_path / "mean")
     assert run("checkpoint", "check", tmp_path / "mean")[0] == [0]
 
 
 def test_what_has_no_mean_is_refused(averaged: Path, tmp_path: Path, store: Path) -> None:
     config = configuration(tmp_path, store, train={"steps": 4}, model={"layers": 1})
-    codes, said = run("train", config)
-    assert codes == [0], said
-    codes, said = run("checkpoint", "average", averaged / "run", tmp_path / "run", "--output", tmp_path / "mean")
-    assert codes == [2]
+    said = ran("train", config)
+    said = ran("checkpoint", "average", averaged / "run", tmp_path / "run", "--output", tmp_path / "mean", code=2)
     assert "only checkpoints of one model have a mean" in said
     assert not list(tmp_path.glob("*mean*"))
     with pytest.raises(UserError, match="alone has no mean"):
@@ -97,8 +90,7 @@ def test_a_deterministic_run_has_the_same_bits_each_time(tmp_path: Path, store: 
         directory.mkdir()
         train = {"deterministic": True, "steps": 6, "global_batch_size": 4, "sequence_length": 32, "log_every_steps": 1}
         model = {"layers": 2, "hidden_size": 32, "heads": 4, "kv_heads": 2, "ffn_hidden_size": 48, "dropout": 0.1}
-        codes, said = run("train", configuration(directory, store, train=train, model=model), ranks=2)
-        assert codes == [0, 0], said
+        ran("train", configuration(directory, store, train=train, model=model), ranks=2)
         both.append((records(directory), stored(directory / "run", 6)))
     (first, tensors), (second, others) = both
     assert first == second

@@ -10,7 +10,7 @@ import pytest
 from launcher import changes
 from launcher.run_directory import RunDirectory
 from tests.launcher.test_train import records
-from tests.launcher.tiny import configuration, run
+from tests.launcher.tiny import configuration, ran, run
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,7 @@ def _history(directory: Path) -> dict[str, Any]:
 )
 def test_another_configuration_is_refused_with_its_differences(tmp_path: Path, config: Path) -> None:
     before = (tmp_path / "run/history.jsonl").read_bytes()
-    codes, said = run("train", config, "optimizer.learning_rate=0.5", "train.steps=16", "run.seed=7")
-    assert codes == [2]
+    said = ran("train", config, "optimizer.learning_rate=0.5", "train.steps=16", "run.seed=7", code=2)
     assert f"optimizer.learning_rate is 0.5: expected 0.01 as in {tmp_path}/run, a new run.name, or " in said
     assert "checkpoint.allow_changes=[optimizer.learning_rate]" in said
     assert "train.steps is 16: expected 12" in said
@@ -56,8 +55,7 @@ def test_another_configuration_is_refused_with_its_differences(tmp_path: Path, c
 
 
 def test_what_changes_no_number_may_change(tmp_path: Path, stopped: Path, config: Path) -> None:
-    codes, said = run("train", config, "train.log_every_steps=1", "checkpoint.keep=2", "train.micro_batch_size=4")
-    assert codes == [0]
+    said = ran("train", config, "train.log_every_steps=1", "checkpoint.keep=2", "train.micro_batch_size=4")
     assert "changed since the last attempt: checkpoint.keep from 8 to 2" in said
     assert _history(tmp_path)["changes"] == {"checkpoint.keep": [8, 2], "train.micro_batch_size": [2, 4]}
     for mine, theirs in zip(records(tmp_path), records(stopped), strict=True):
@@ -66,12 +64,10 @@ def test_what_changes_no_number_may_change(tmp_path: Path, stopped: Path, config
 
 def test_a_change_that_is_allowed_by_its_name_is_taken_and_kept(tmp_path: Path, stopped: Path, config: Path) -> None:
     asked = "optimizer.learning_rate=0.02", "train.global_batch_size=2"
-    codes, said = run("train", config, *asked, "checkpoint.allow_changes=[optimizer.learning_rate]")
-    assert codes == [2], "one of the two is not allowed"
+    said = ran("train", config, *asked, "checkpoint.allow_changes=[optimizer.learning_rate]", code=2)
     assert "global_batch_size" in said
     assert "learning_rate" not in said
-    codes, said = run("train", config, *asked, "checkpoint.allow_changes=[optimizer,train.global_batch_size]")
-    assert codes == [0], said
+    said = ran("train", config, *asked, "checkpoint.allow_changes=[optimizer,train.global_batch_size]")
     assert "changed since the last attempt: optimizer.learning_rate from 0.01 to 0.02" in said
     assert _history(tmp_path)["changes"]["train.global_batch_size"] == [4, 2]
     mine, theirs = records(tmp_path), records(stopped)
@@ -89,8 +85,7 @@ def test_a_change_that_is_allowed_by_its_name_is_taken_and_kept(tmp_path: Path, 
     ],
 )
 def test_a_name_that_allows_nothing_is_refused(config: Path, allowed: str, told: str) -> None:
-    codes, said = run("train", config, f"checkpoint.allow_changes=[{allowed}]")
-    assert codes == [2]
+    said = ran("train", config, f"checkpoint.allow_changes=[{allowed}]", code=2)
     assert told in said
 
 
@@ -109,11 +104,9 @@ def test_other_code_is_refused_and_its_files_are_named(tmp_path: Path, stopped: 
     recorded["parallel/engine.py"] = "0" * 32
     del recorded["model/build.py"]
     found.code.write_text(json.dumps(recorded))
-    codes, said = run("train", config)
-    assert codes == [2]
+    said = ran("train", config, code=2)
     assert "code is 'changed in model/build.py, parallel/engine.py'" in said
-    codes, said = run("train", config, "checkpoint.allow_changes=[code]")
-    assert codes == [0]
+    said = ran("train", config, "checkpoint.allow_changes=[code]")
     assert "changed since the last attempt: the code, in model/build.py, parallel/engine.py" in said
     assert _history(tmp_path)["changes"]["code"] == [
         changes.code_hash(recorded),
@@ -130,8 +123,7 @@ def test_other_packages_are_refused(tmp_path: Path, config: Path) -> None:
     (attempt,) = found.history
     attempt["versions"]["torch"] = "2.10.0"
     found.history.path.write_text(json.dumps(attempt) + "\n")
-    codes, said = run("train", config)
-    assert codes == [2]
+    said = ran("train", config, code=2)
     assert "versions.torch is '2.11.0" in said
     assert "expected '2.10.0'" in said
     assert run("train", config, "checkpoint.allow_changes=[versions]")[0] == [0]

@@ -21,7 +21,7 @@ from launcher.verify.world import run_world
 from launcher.work import Ranks
 from parallel.common.errors import UserError
 from tests.launcher.tiny import configuration as make_configuration
-from tests.launcher.tiny import run
+from tests.launcher.tiny import ran, run
 
 pytestmark = pytest.mark.distributed
 
@@ -177,13 +177,10 @@ def test_what_does_not_fit_is_named_and_leaves_nothing(
 
 def test_the_words_of_the_command_line(theirs: Path, tmp_path: Path) -> None:
     """Both ways as a user calls them (`make docs-test` does so in processes of their own)."""
-    codes, said = run("checkpoint", "import", theirs, "--output", tmp_path / "run")
-    assert codes == [0], said
-    codes, said = run("checkpoint", "export", tmp_path / "run", "--output", tmp_path / "back")
-    assert codes == [0], said
+    said = ran("checkpoint", "import", theirs, "--output", tmp_path / "run")
+    said = ran("checkpoint", "export", tmp_path / "run", "--output", tmp_path / "back")
     assert "logits as transformers computes them" in said
-    codes, said = run("checkpoint", "exprot")
-    assert codes == [2]
+    said = ran("checkpoint", "exprot", code=2)
     assert "did you mean export?" in said
 
 

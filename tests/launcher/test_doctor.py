@@ -18,12 +18,10 @@ from launcher.doctor import machine, packages
 from launcher.doctor.finding import Finding, Health
 from launcher.doctor.packages import EXTRAS, KNOWN_FAULTS, Wanted
 from launcher.doctor.preflight import Measured, measure, suspects
-from launcher.outcome import Outcome
-from launcher.run_directory import RunDirectory
 from launcher.verify.world import run_world
 from parallel.common.lines import JsonLines
 from tests.launcher.test_train import records
-from tests.launcher.tiny import command, configuration, environment, run
+from tests.launcher.tiny import command, configuration, environment, outcome_of, ran, run
 
 _BLOCKER = """\
 import importlib.abc, os, sys
@@ -191,10 +189,8 @@ def test_a_bad_node_ends_the_start_and_is_blamed(tmp_path: Path, store: Path, mo
     config = configuration(tmp_path, store)
     with monkeypatch.context() as patched:
         patched.setattr("launcher.doctor.preflight.memory_available", lambda: 1 << 20)
-        codes, said = run("train", config, ranks=2)
-    assert codes == [1, 1], said
-    outcome = Outcome.read(RunDirectory(tmp_path / "run").outcome)
-    assert outcome is not None
+        ran("train", config, ranks=2, code=1)
+    outcome = outcome_of(tmp_path)
     assert "BadNode: preflight: " in outcome.message
     assert "has 1 MiB of memory left" in outcome.message
     (blamed,) = JsonLines(tmp_path / "blame.jsonl")
@@ -204,8 +200,7 @@ def test_a_bad_node_ends_the_start_and_is_blamed(tmp_path: Path, store: Path, mo
 
 
 def test_the_nodes_of_a_job_are_shown(tmp_path: Path) -> None:
-    codes, said = run("doctor", "--job", ranks=2)
-    assert codes == [0, 0], said
+    said = ran("doctor", "--job", ranks=2)
     assert "ok    " in said
     assert "2 ranks, computing" in said
 

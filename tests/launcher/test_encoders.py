@@ -15,7 +15,7 @@ import launcher.evaluation.tasks  # so that forked ranks find it imported
 from launcher.evaluation.metrics import classified
 from launcher.verbs.conversion import export_main, import_main
 from tests.launcher.test_conversion import in_process
-from tests.launcher.tiny import configuration, in_layout, run, texts
+from tests.launcher.tiny import configuration, in_layout, ran, texts
 
 assert launcher.evaluation.tasks
 
@@ -48,14 +48,12 @@ def losses(directory: Path) -> dict[int, Any]:
 @pytest.mark.parametrize("name", MODELS)
 def test_thirty_steps_resume_to_the_bit_and_are_exported(name: str, store: Path, tmp_path: Path) -> None:
     config, directory = make(tmp_path / "x", store, name), tmp_path / "x"
-    codes, said = run("train", config, ranks=2)
-    assert codes == [0, 0], said
+    said = ran("train", config, ranks=2)
     found = losses(directory)
     assert sorted(found) == list(range(1, STEPS + 1))
     assert found[STEPS][0] < found[1][0]
     shutil.rmtree(directory / "run" / "checkpoints" / f"step-{STEPS:08d}")
-    codes, said = run("train", config, ranks=2)
-    assert codes == [0, 0], said
+    said = ran("train", config, ranks=2)
     assert "going on after step 15" in said
     assert losses(directory) == found
     assert in_process(export_main, directory / "run", "--output", tmp_path / "hf") == 0
@@ -63,8 +61,7 @@ def test_thirty_steps_resume_to_the_bit_and_are_exported(name: str, store: Path,
     again = getattr(transformers, described["architectures"][0]).from_pretrained(tmp_path / "hf")
     assert sum(parameter.numel() for parameter in again.parameters()) > 10_000
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").vocab_size > 300
-    codes, said = run("generate", directory / "run", "--prompt", "iron [MASK]")
-    assert codes == [0], said
+    said = ran("generate", directory / "run", "--prompt", "iron [MASK]")
     ASKED[name](directory, again.eval(), transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"))
 
 
@@ -74,8 +71,7 @@ def asked(directory: Path, records: list[dict[str, Any]], layout: dict[str, int]
     (directory / "t.yaml").write_text(yaml.safe_dump({"name": "t", "data": "t.jsonl", **task}))
     arguments = ("--task", directory / "t.yaml", "--json", directory / "t.json")
     with in_layout(directory / "run", layout):
-        codes, said = run("evaluate", directory / "run", *arguments, ranks=2)
-    assert codes == [0, 0], said
+        ran("evaluate", directory / "run", *arguments, ranks=2)
     return json.loads((directory / "t.json").read_text())["tasks"]["t"]
 
 
@@ -143,18 +139,15 @@ ASKED = {"bert": pairs_are_told_as_by_transformers, "t5": spans_are_told_as_by_t
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_exported_comes_back_with_the_same_evaluation(name: str, store: Path, tmp_path: Path) -> None:
     config = make(tmp_path / "x", store, name, train={"steps": 10})
-    codes, said = run("train", config)
-    assert codes == [0], said
+    said = ran("train", config)
     assert in_process(export_main, tmp_path / "x" / "run", "--output", tmp_path / "hf") == 0
     assert in_process(import_main, tmp_path / "hf", "--output", tmp_path / "imported") == 0
     still = ("optimizer.learning_rate=1e-12", "optimizer.schedule.warmup_steps=0", "optimizer.weight_decay=0")
     start = (f"checkpoint.load={tmp_path / 'imported'}", "checkpoint.load_parts=weights", "train.steps=1")
-    codes, said = run("train", config, f"run.dir={tmp_path / 'again'}", *start, *still)
-    assert codes == [0], said
+    said = ran("train", config, f"run.dir={tmp_path / 'again'}", *start, *still)
     found = []
     for directory in (tmp_path / "x" / "run", tmp_path / "again"):
-        codes, said = run("evaluate", directory)
-        assert codes == [0], said
+        said = ran("evaluate", directory)
         assert "Nats a label" in said
         found.append(json.loads((directory / "evaluation.json").read_text()))
     assert found[1]["losses"] == pytest.approx(found[0]["losses"], rel=1e-5)
@@ -182,8 +175,7 @@ def test_gaps_of_an_imported_bert_are_filled_as_by_transformers(tmp_path: Path) 
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     assert in_process(import_main, tmp_path / "bert", "--output", tmp_path / "run") == 0
     text = "iron [MASK] clay [MASK]"
-    codes, said = run("generate", tmp_path / "run", "--prompt", text, "--json", tmp_path / "filled.json")
-    assert codes == [0], said
+    ran("generate", tmp_path / "run", "--prompt", text, "--json", tmp_path / "filled.json")
     pipeline = transformers.pipeline("fill-mask", model=str(tmp_path / "bert"))
     (filled,) = json.loads((tmp_path / "filled.json").read_text())
     for ours, theirs in zip(filled["candidates"], pipeline(text), strict=True):
@@ -202,7 +194,6 @@ def test_gaps_of_an_imported_bert_are_filled_as_by_transformers(tmp_path: Path) 
     ],
 )
 def test_what_an_encoder_cannot_have_is_named(change: str, told: str, store: Path, tmp_path: Path) -> None:
-    codes, said = run("train", make(tmp_path / "x", store, "bert"), change)
-    assert codes == [2]
+    said = ran("train", make(tmp_path / "x", store, "bert"), change, code=2)
     assert f"{told} is " in said
     assert not (tmp_path / "x" / "run").exists()

@@ -16,13 +16,12 @@ from typing import Any
 import pytest
 
 from launcher.batches import Batches
-from launcher.outcome import Outcome
 from launcher.progress import Progress
 from launcher.run_directory import RunDirectory
 from launcher.verbs.status import status
 from parallel.checkpoint.manifest import whole_steps
 from tests.launcher.test_train import records, wait_for_step
-from tests.launcher.tiny import Started, configuration, run, start
+from tests.launcher.tiny import Started, configuration, outcome_of, ran, run, start
 
 pytestmark = pytest.mark.distributed
 HOST = socket.gethostname()
@@ -33,16 +32,14 @@ LIMITS = {"limit_seconds": 2.0, "long_limit_seconds": 3.0}
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, store: Path) -> list[dict[str, Any]]:
     """What the twelve steps of the tiny configuration write down on two ranks."""
     directory = tmp_path_factory.mktemp("undisturbed")
-    codes, said = run("train", configuration(directory, store), ranks=2)
-    assert codes == [0, 0], said
+    ran("train", configuration(directory, store), ranks=2)
     return records(directory)
 
 
 def goes_on(directory: Path, config: Path, undisturbed: list[dict[str, Any]], *, after: int) -> None:
     """The same command goes on after a step, to the same bits, and nothing half-written is left."""
     began = time.time()
-    codes, said = run("train", config, ranks=2)
-    assert codes == [0, 0], said
+    said = ran("train", config, ranks=2)
     resumed = [event["time"] for event in RunDirectory(directory / "run").events if event["event"] == "resumed"]
     print(f"trained again {resumed[-1] - began:.1f} s after the call")
     assert f"going on after step {after} " in said
@@ -50,13 +47,6 @@ def goes_on(directory: Path, config: Path, undisturbed: list[dict[str, Any]], *,
     found = RunDirectory(directory / "run")
     assert list(found.checkpoints.glob(".attempt-*")) == []
     assert list(whole_steps(found.checkpoints))[-1] == 12
-
-
-def outcome(directory: Path) -> Outcome:
-    """How the run says that it ended."""
-    found = Outcome.read(RunDirectory(directory / "run").outcome)
-    assert found is not None
-    return found
 
 
 def wait_for(condition: Callable[[], object], started: Started) -> None:
@@ -78,7 +68,7 @@ def wait_for(condition: Callable[[], object], started: Started) -> None:
 )
 def test_signals_during_a_save(tmp_path: Path, store: Path, undisturbed: list[dict[str, Any]]) -> None:
     config = configuration(tmp_path, store)
-    started = start("train", config, ranks=2, faults={0: "checkpoint.before_rename:sleep=0.5"})
+    started = start("train", config, ranks=2, faults={0: "checkpoint.before_rename:sleep=1.5"})
     checkpoints = RunDirectory(tmp_path / "run").checkpoints
     wait_for(lambda: list(checkpoints.glob(".attempt-*/manifest.json")), started)
     for _ in range(2):
@@ -207,10 +197,9 @@ def test_writes_that_fail(
     config = configuration(tmp_path, store, checkpoint={"every_steps": 4, "keep": 8, "asynchronous": asynchronous})
     slow = "train.step:sleep=0.3"  # no disk is that slow: the write has failed two steps later
     faults = {rank: f"{fault},{slow}", 1 - rank: slow} if asynchronous else {rank: fault}
-    codes, said = run("train", config, ranks=2, faults=faults)
-    assert codes == [2, 2], said
-    assert f"step-00000008: {told}" in outcome(tmp_path).message or (
-        f"step-00000008 on rank 1: {told}" in outcome(tmp_path).message
+    ran("train", config, ranks=2, faults=faults, code=2)
+    assert f"step-00000008: {told}" in outcome_of(tmp_path).message or (
+        f"step-00000008 on rank 1: {told}" in outcome_of(tmp_path).message
     )
     assert records(tmp_path)[-1]["step"] in ((8, 9, 10) if asynchronous else (8,))
     assert list(whole_steps(RunDirectory(tmp_path / "run").checkpoints)) == [4]
@@ -225,8 +214,7 @@ def test_writes_that_fail(
 )
 def test_writes_that_are_slow(tmp_path: Path, store: Path, undisturbed: list[dict[str, Any]]) -> None:
     config = configuration(tmp_path, store, checkpoint={"every_steps": 6, "keep": 8, "asynchronous": True})
-    codes, said = run("train", config, ranks=2, faults={0: "checkpoint.before_rename:sleep=0.5"})
-    assert codes == [0, 0], said
+    ran("train", config, ranks=2, faults={0: "checkpoint.before_rename:sleep=0.5"})
     assert records(tmp_path) == undisturbed
     times = {
         event["step"]: event["time"] for event in RunDirectory(tmp_path / "run").events if event["event"] == "saved"
@@ -242,8 +230,7 @@ def test_writes_that_are_slow(tmp_path: Path, store: Path, undisturbed: list[dic
 )
 def test_a_rank_that_is_late(tmp_path: Path, store: Path, undisturbed: list[dict[str, Any]]) -> None:
     config = configuration(tmp_path, store)
-    codes, said = run("train", config, ranks=2, faults={1: "rendezvous:sleep=3"})
-    assert codes == [0, 0], said
+    ran("train", config, ranks=2, faults={1: "rendezvous:sleep=3"})
     assert records(tmp_path) == undisturbed
 
 
@@ -309,6 +296,6 @@ def test_memory_that_is_exhausted(
         patched.setattr(owner, name, hungry)
         codes, said = run("train", config, ranks=2, faults={1: "train.step:6:memory=64"})
     assert 0 not in codes, said
-    assert outcome(tmp_path).message.startswith(f"rank 1 on {HOST}: the host's memory is exhausted at tests/"), said
+    assert outcome_of(tmp_path).message.startswith(f"rank 1 on {HOST}: the host's memory is exhausted at tests/"), said
     assert records(tmp_path)[-1]["step"] == (6 if where == "loading" else 8)
     goes_on(tmp_path, config, undisturbed, after=4)

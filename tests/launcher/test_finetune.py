@@ -30,7 +30,7 @@ from parallel.checkpoint.stream import StoredTensors
 from parallel.config import ParallelConfig
 from parallel.topology import Topology
 from tests.launcher.test_conversion import in_process
-from tests.launcher.tiny import configuration, in_layout, run, texts
+from tests.launcher.tiny import configuration, in_layout, ran, run, texts
 
 assert launcher.evaluation.tasks
 
@@ -71,8 +71,7 @@ def written(path: Path, records: list[Any]) -> Path:
 def base(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
     """The run of a pretrained model."""
     directory = tmp_path_factory.mktemp("base")
-    codes, said = run("train", configuration(directory, store))
-    assert codes == [0], said
+    ran("train", configuration(directory, store))
     return directory / "run"
 
 
@@ -80,10 +79,9 @@ def base(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
 def chats(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
     directory = tmp_path_factory.mktemp("chats")
     file = written(directory / "chat.jsonl", conversations(60))
-    codes, said = run(
+    said = ran(
         "data", "examples", file, "--tokenizer", store, "--output", directory / "store", "--validation-share", "0.2"
     )
-    assert codes == [0], said
     assert "examples of answers" in said
     return directory / "store"
 
@@ -101,8 +99,7 @@ def losses(directory: Path) -> list[dict[str, Any]]:
 def test_answers_are_learnt_from_a_checkpoint_on_two_tensor_ranks(base: Path, chats: Path, tmp_path: Path) -> None:
     train = {"steps": 20, "sequence_length": 64, "objective": "answers"}
     config = tuned(tmp_path / "tuned", chats, base, train=train, parallel={"tensor": 2}, evaluate={"every_steps": 20})
-    codes, said = run("train", config, ranks=2)
-    assert codes == [0, 0], said
+    said = ran("train", config, ranks=2)
     assert "starting from the weights" in said
     found = losses(tmp_path / "tuned")
     assert found[-1]["validation_loss"] < found[0]["loss"] / 2
@@ -175,24 +172,19 @@ MARKS = ("<|reserved_06|>", "<|reserved_07|>")
 
 def test_classes_are_learnt_with_a_head_that_begins_anew(base: Path, store: Path, tmp_path: Path) -> None:
     file = written(tmp_path / "labels.jsonl", labelled(300))
-    codes, said = run(
-        "data", "examples", file, "--tokenizer", store, "--output", tmp_path / "s", "--validation-share", "0.2"
-    )
-    assert codes == [0], said
+    said = ran("data", "examples", file, "--tokenizer", store, "--output", tmp_path / "s", "--validation-share", "0.2")
     assert "2 classes: early, late" in said
     train = {"steps": 60, "sequence_length": 64, "global_batch_size": 8}
     sections: dict[str, Any] = {
         "train": train, "evaluate": {"every_steps": 60}, "parallel": {"pipeline": 2},
         "model": {"classes": {"number": 2}},
     }  # fmt: skip
-    codes, said = run("train", tuned(tmp_path / "tuned", tmp_path / "s", base, **sections), ranks=2)
-    assert codes == [0, 0], said
+    said = ran("train", tuned(tmp_path / "tuned", tmp_path / "s", base, **sections), ranks=2)
     found = losses(tmp_path / "tuned")[-1]
     assert found["validation_accuracy"] > 0.9
     # The head is in the run's own checkpoint: another run starts from all of it.
     again = tuned(tmp_path / "again", tmp_path / "s", tmp_path / "tuned" / "run", **sections | {"parallel": {}})
-    codes, said = run("train", again, "train.steps=3", "evaluate.every_steps=3", "optimizer.learning_rate=1e-9")
-    assert codes == [0], said
+    said = ran("train", again, "train.steps=3", "evaluate.every_steps=3", "optimizer.learning_rate=1e-9")
     assert losses(tmp_path / "again")[-1]["validation_accuracy"] == pytest.approx(found["validation_accuracy"])
     they_go_to_transformers_and_back(tmp_path / "tuned" / "run", tmp_path)
 
@@ -246,8 +238,7 @@ def they_keep_their_numbers(imported: Path, directory: Path) -> None:
     turned = shutil.copytree(imported, directory / "turned")
     replace(facts, labels=facts.labels[::-1]).write(turned)
     command = ("data", "examples", directory / "labels.jsonl", "--tokenizer", turned, "--output", directory / "kept")
-    codes, said = run(*command)
-    assert codes == [0], said
+    said = ran(*command)
     assert "2 classes: late, early" in said
     sections: dict[str, Any] = {"train": {"steps": 9}, "model": {"classes": {"number": 2}}}
     codes, said = run("train", tuned(directory / "on", directory / "s", turned, **sections))
@@ -256,8 +247,7 @@ def they_keep_their_numbers(imported: Path, directory: Path) -> None:
 
 def figures_of(name: str, checkpoint: Path, task: Path, *, ranks: int = 1) -> dict[str, Any]:
     """What `evaluate --task` finds."""
-    codes, said = run("evaluate", checkpoint, "--task", task, "--json", task.with_suffix(".json"), ranks=ranks)
-    assert codes == [0] * ranks, said
+    ran("evaluate", checkpoint, "--task", task, "--json", task.with_suffix(".json"), ranks=ranks)
     return json.loads(task.with_suffix(".json").read_text())["tasks"][name]
 
 
@@ -278,17 +268,12 @@ def words_with_labels(count: int) -> list[dict[str, list[str]]]:
 def test_a_pooler_that_learnt_next_sentences_goes_on(store: Path, tmp_path: Path) -> None:
     """As `transformers` has it of the same files; what else stands on the encoder begins anew."""
     learnt = configuration(tmp_path, store, model=BERT | {"next_sentence": True}, train={"steps": 4})
-    codes, said = run("train", learnt)
-    assert codes == [0], said
+    ran("train", learnt)
     file = written(tmp_path / "labels.jsonl", labelled(40))
-    codes, said = run("data", "examples", file, "--tokenizer", store, "--output", tmp_path / "s")
-    assert codes == [0], said
+    ran("data", "examples", file, "--tokenizer", store, "--output", tmp_path / "s")
     sections = {"model": BERT | {"classes": {"number": 2}}, "train": {"steps": 1}, "parallel": {"tensor": 2}}
     still = ("optimizer.learning_rate=1e-12", "optimizer.weight_decay=0", "optimizer.schedule.warmup_steps=0")
-    codes, said = run(
-        "train", tuned(tmp_path / "sorter", tmp_path / "s", tmp_path / "run", **sections), *still, ranks=2
-    )
-    assert codes == [0, 0], said
+    ran("train", tuned(tmp_path / "sorter", tmp_path / "s", tmp_path / "run", **sections), *still, ranks=2)
 
     def compare() -> None:
         before, after = (
@@ -307,13 +292,11 @@ def test_an_encoder_learns_classes_of_words_that_transformers_finds_too(store: P
     records = words_with_labels(230)
     file = written(tmp_path / "words.jsonl", records[30:])
     written(tmp_path / "held.jsonl", records[:30])
-    codes, said = run("data", "examples", file, "--tokenizer", store, "--output", tmp_path / "s")
-    assert codes == [0], said
+    said = ran("data", "examples", file, "--tokenizer", store, "--output", tmp_path / "s")
     assert "4 classes: B-ORE, B-TOOL, I-ORE, O" in said
     classes = {"number": 4, "of": "tokens"}
     train = {"steps": 30, "global_batch_size": 8, "micro_batch_size": 8}
-    codes, said = run("train", configuration(tmp_path, tmp_path / "s", model=BERT | {"classes": classes}, train=train))
-    assert codes == [0], said
+    said = ran("train", configuration(tmp_path, tmp_path / "s", model=BERT | {"classes": classes}, train=train))
     task = {"name": "tag", "kind": "token_classification", "data": "held.jsonl"}
     (tmp_path / "tag.yaml").write_text(yaml.safe_dump(task))
     with in_layout(tmp_path / "run", {"context": 2}):
@@ -343,10 +326,8 @@ def test_what_does_not_fit_is_told(base: Path, store: Path, chats: Path, tmp_pat
         )
     ):
         (tmp_path / str(number)).mkdir()
-        codes, said = run("train", tuned(tmp_path / str(number), place, base, **sections))
-        assert codes == [2], said
+        said = ran("train", tuned(tmp_path / str(number), place, base, **sections), code=2)
         assert sentence in said
     codes, said = run("data", "examples", tmp_path / "none.jsonl", "--tokenizer", store, "--output", tmp_path / "x")
     assert (codes, "there is no file" in said) == ([2], True)
-    codes, said = run("train", tuned(tmp_path / "0", store, base, model={"hidden_size": 64, "ffn_hidden_size": 48}))
-    assert codes == [2]
+    said = ran("train", tuned(tmp_path / "0", store, base, model={"hidden_size": 64, "ffn_hidden_size": 48}), code=2)

@@ -40,7 +40,7 @@ from tests.launcher.test_conversion import in_process
 from tests.launcher.test_exact_resume import stopped
 from tests.launcher.test_finetune import conversations, written
 from tests.launcher.test_train import records
-from tests.launcher.tiny import ROOT, configuration, run
+from tests.launcher.tiny import ROOT, configuration, ran
 
 pytestmark = [
     pytest.mark.distributed,
@@ -175,8 +175,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
     """The run of a pretrained model."""
     directory = tmp_path_factory.mktemp("base")
     sections = {"train": {"steps": 60, "global_batch_size": 8}, "checkpoint": {"every_steps": 60}}
-    codes, said = run("train", configuration(directory, store, **sections))
-    assert codes == [0], said
+    ran("train", configuration(directory, store, **sections))
     return directory / "run"
 
 
@@ -185,8 +184,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
     """Conversations, of which the base model has seen none."""
     directory = tmp_path_factory.mktemp("chats")
     file, output = written(directory / "chat.jsonl", conversations(60)), directory / "store"
-    codes, said = run("data", "examples", file, "--tokenizer", store, "--output", output, "--validation-share", "0.2")
-    assert codes == [0], said
+    ran("data", "examples", file, "--tokenizer", store, "--output", output, "--validation-share", "0.2")
     return output
 
 
@@ -196,8 +194,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, chats: Path, base: Path) -> 
     directory = tmp_path_factory.mktemp("tuned")
     train = {"objective": "answers", "sequence_length": 64}
     config = adapting(directory, chats, base, train=train, parallel={"tensor": 2}, optimizer={"learning_rate": 2e-2})
-    codes, said = run("train", config, ranks=2)
-    assert codes == [0, 0], said
+    said = ran("train", config, ranks=2)
     assert "trained: 3.71K of them (8.5 %)" in said
     return directory
 
@@ -237,8 +234,7 @@ def test_adapters_learn(tuned: Path) -> None:
 
 def test_a_stopped_run_goes_on_with_the_same_bits(tuned: Path) -> None:
     copy = stopped(tuned, tuned / "config.yaml", 4)
-    codes, said = run("train", tuned / "config.yaml", f"run.dir={copy}", ranks=2)
-    assert codes == [0, 0], said
+    ran("train", tuned / "config.yaml", f"run.dir={copy}", ranks=2)
     assert records(copy.parent) == records(tuned)
 
 
@@ -267,11 +263,9 @@ def test_adapters_of_an_import_name_their_base(base: Path, tuned: Path, store: P
     exported(base, "--output", tmp_path / "hf")
     assert in_process(import_main, tmp_path / "hf", "--output", tmp_path / "imported", "--no-check") == 0
     config = adapting(tmp_path / "first", store, tmp_path / "imported", train={"steps": 4})
-    codes, said = run("train", tmp_path / "imported" / "model.yaml", config)
-    assert codes == [0], said
+    said = ran("train", tmp_path / "imported" / "model.yaml", config)
     more = adapting(tmp_path / "more", store, tmp_path / "first" / "run", train={"steps": 4})
-    codes, said = run("train", tmp_path / "imported" / "model.yaml", more)
-    assert codes == [0], said
+    said = ran("train", tmp_path / "imported" / "model.yaml", more)
     exported(tmp_path / "more" / "run", "--output", tmp_path / "adapter", "--adapter")
     tokens = torch.randint(0, 380, (2, 32), generator=torch.Generator().manual_seed(0))
     (ours,) = run_world(lambda: live(tmp_path / "more" / "run", tokens), 1)
@@ -307,8 +301,7 @@ def live(path: Path, tokens: Tensor) -> Tensor:
 @pytest.mark.truth
 def test_the_mean_of_adapters_is_that_of_the_merged_matrices(base: Path, tuned: Path, tmp_path: Path) -> None:
     places = [f"{tuned / 'run'}@8", f"{tuned / 'run'}@12", str(base)]
-    codes, said = run("checkpoint", "average", *places, "--output", tmp_path / "mean")
-    assert codes == [0], said
+    said = ran("checkpoint", "average", *places, "--output", tmp_path / "mean")
     assert "adapters merged" in said
 
     def compare() -> None:
@@ -325,19 +318,15 @@ def test_the_mean_of_adapters_is_that_of_the_merged_matrices(base: Path, tuned: 
 
     assert run_world(compare, 1) == [None]
     assert find_checkpoint(str(tmp_path / "mean")).config().model.lora.rank is None
-    codes, said = run("evaluate", tmp_path / "mean")
-    assert codes == [0], said
+    said = ran("evaluate", tmp_path / "mean")
 
 
 def test_evaluation_and_generation_know_adapters(tuned: Path) -> None:
-    codes, said = run("evaluate", tuned / "run")
-    assert codes == [0], said
+    said = ran("evaluate", tuned / "run")
     found = json.loads((tuned / "run" / "evaluation.json").read_text())
-    codes, said = run("evaluate", tuned / "run", "--ranks", "2", "--json", tuned / "two.json", ranks=2)
-    assert codes == [0, 0], said
+    said = ran("evaluate", tuned / "run", "--ranks", "2", "--json", tuned / "two.json", ranks=2)
     assert json.loads((tuned / "two.json").read_text()) == found
-    codes, said = run("generate", tuned / "run", "--prompt", "iron ore", "--tokens", "4")
-    assert codes == [0], said
+    said = ran("generate", tuned / "run", "--prompt", "iron ore", "--tokens", "4")
     assert "iron ore" in said
 
 
@@ -365,12 +354,10 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(base: Path, tuned: Path,
         )
     ):
         ranks = 2 if "parallel" in sections else 1
-        codes, said = run("train", adapting(tmp_path / str(number), store, origin, **sections), ranks=ranks)
-        assert codes == [2] * ranks, said
+        said = ran("train", adapting(tmp_path / str(number), store, origin, **sections), ranks=ranks, code=2)
         assert sentence in said
         assert not (tmp_path / str(number) / "run").exists()
-    codes, said = run("checkpoint", "export", base, "--adapter", "--output", tmp_path / "out")
-    assert codes == [2], said
+    said = ran("checkpoint", "export", base, "--adapter", "--output", tmp_path / "out", code=2)
     assert "has no adapters" in said
     assert not (tmp_path / "out").exists()
 

@@ -8,7 +8,7 @@ from launcher.metrics import METRICS, flat, metric, nested
 from launcher.plan.hardware import of_device
 from launcher.run_directory import RunDirectory
 from tests.launcher.test_tasks import task
-from tests.launcher.tiny import configuration, run
+from tests.launcher.tiny import configuration, ran
 
 PEAK = """
 name: an abacus
@@ -41,8 +41,7 @@ def test_the_table_of_metrics_is_what_runs_write(tmp_path: Path, store: Path) ->
         evaluate={"every_steps": 2, "batches": 1, "tasks": {"files": [str(chosen)]}},
         tracking={"hardware": str(hardware), "wandb": {"mode": "disabled"}},
     )
-    codes, said = run("train", config)
-    assert codes == [0], said
+    ran("train", config)
     first, last = RunDirectory(tmp_path / "run").metrics
     names = {*flat(first), *flat(last)}
     assert not [name for name in sorted(names) if metric(name) is None], "not in launcher.metrics"
@@ -78,6 +77,5 @@ def test_accelerators_are_known_by_their_own_names(device: str, known: str | Non
 
 
 def test_hardware_that_does_not_exist_is_a_mistake(tmp_path: Path, store: Path) -> None:
-    codes, said = run("train", configuration(tmp_path, store, tracking={"hardware": "abacus"}))
-    assert codes == [2]
+    said = ran("train", configuration(tmp_path, store, tracking={"hardware": "abacus"}), code=2)
     assert "tracking.hardware is 'abacus': expected a name under configs/hardware" in said, said

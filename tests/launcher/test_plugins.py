@@ -16,7 +16,7 @@ from launcher.verify.world import run_world
 from parallel.checkpoint.stream import StoredTensors
 from parallel.common.errors import UserError
 from tests.launcher.test_train import records
-from tests.launcher.tiny import ROOT, configuration, run, texts
+from tests.launcher.tiny import ROOT, configuration, ran, run, texts
 
 pytestmark = pytest.mark.distributed
 
@@ -53,8 +53,7 @@ def test_an_optimizer_an_objective_and_samples_of_ones_own_train_in_every_layout
         directory = tmp_path / name
         directory.mkdir()
         config = configuration(directory, store, plugins=["my_recipes"], parallel=layout, **OWN)
-        codes, said = run("train", config, ranks=ranks)
-        assert codes == [0] * ranks, said
+        said = ran("train", config, ranks=ranks)
         found.append([record["loss"] for record in records(directory)])
         assert states(directory / "run") == {"weight", "momentum"}
     assert found[1] == pytest.approx(found[0], rel=2e-3)
@@ -67,31 +66,24 @@ def test_an_optimizer_an_objective_and_samples_of_ones_own_train_in_every_layout
 def test_a_family_of_ones_own_trains_is_proven_and_exported(tmp_path: Path, store: Path, package: Path) -> None:
     model = {"family": "granite", "query_pre_attention_scalar": 64}
     config = configuration(tmp_path, store, plugins=["my_recipes"], model=model, parallel={"tensor": 2})
-    codes, said = run("train", config, ranks=2)
-    assert codes == [0, 0], said
-    codes, said = run("verify", config, ranks=1)
-    assert codes == [0], said
-    codes, said = run("checkpoint", "export", tmp_path / "run", "--output", tmp_path / "hf")
-    assert codes == [0], said
+    said = ran("train", config, ranks=2)
+    said = ran("verify", config, ranks=1)
+    said = ran("checkpoint", "export", tmp_path / "run", "--output", tmp_path / "hf")
     assert "logits: ours and those of transformers differ by" in said
     theirs = json.loads((tmp_path / "hf/config.json").read_text())
     assert (theirs["model_type"], theirs["architectures"]) == ("granite", ["GraniteForCausalLM"])
-    codes, said = run("train", config, "plugins=[]", "parallel.tensor=1", f"run.dir={tmp_path / 'without'}")
-    assert codes == [2]
+    said = ran("train", config, "plugins=[]", "parallel.tensor=1", f"run.dir={tmp_path / 'without'}", code=2)
     assert "model.family is 'granite': expected one of gpt2, llama," in said
 
 
 def test_the_code_of_a_plugin_is_the_runs(tmp_path: Path, store: Path, package: Path) -> None:
     config = configuration(tmp_path, store, plugins=["my_recipes"], **OWN)
-    codes, said = run("train", config)
-    assert codes == [0], said
+    said = ran("train", config)
     module = package / "my_recipes.py"
     module.write_text(module.read_text() + "\n# another version\n")
-    codes, said = run("train", config, "train.steps=10", "checkpoint.allow_changes=[train.steps]")
-    assert codes == [2]
+    said = ran("train", config, "train.steps=10", "checkpoint.allow_changes=[train.steps]", code=2)
     assert "changed in plugins/my_recipes.py" in said
-    codes, said = run("train", config, "train.steps=10", "checkpoint.allow_changes=[train.steps, code]")
-    assert codes == [0], said
+    said = ran("train", config, "train.steps=10", "checkpoint.allow_changes=[train.steps, code]")
     assert "the code, in plugins/my_recipes.py" in said
 
 
@@ -101,10 +93,8 @@ def test_an_installed_package_is_found_by_its_entry_point(tmp_path: Path, store:
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-recipes\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(f"[{plugins.GROUP}]\nown = my_recipes\n")
     config = configuration(tmp_path, store, **{**OWN, "train": {"steps": 3, "objective": "focal"}})
-    codes, said = run("train", config)
-    assert codes == [0], said
-    codes, said = run("evaluate", tmp_path / "run")
-    assert codes == [0], said
+    ran("train", config)
+    ran("evaluate", tmp_path / "run")
 
 
 def test_a_filter_of_ones_own_drops_documents_and_is_counted(tmp_path: Path, package: Path) -> None:
@@ -119,12 +109,10 @@ def test_a_filter_of_ones_own_drops_documents_and_is_counted(tmp_path: Path, pac
         "stages": {"filters": {"own": {"without_words": {"words": ["lorem"]}}}},
     }
     config = configuration(tmp_path, tmp_path / "store", data=data, plugins=["my_recipes"])
-    codes, said = run("data", "build", config)
-    assert codes == [0], said
+    said = ran("data", "build", config)
     report = (tmp_path / "store/report.json").read_text()
     assert "own: it says lorem" in report
-    codes, said = run("data", "build", config, "plugins=[]")
-    assert codes == [2]
+    said = ran("data", "build", config, "plugins=[]", code=2)
     assert "data.stages.filters.own.without_words" in said
     assert "does `plugins` name the module?" in said
 
@@ -152,8 +140,7 @@ def test_a_plugin_that_does_not_load_is_told(tmp_path: Path, package: Path, cont
 
 def test_a_word_that_nobody_registered_is_refused(tmp_path: Path, store: Path, package: Path) -> None:
     config = configuration(tmp_path, store, **OWN)
-    codes, said = run("train", config)
-    assert codes == [2]
+    said = ran("train", config, code=2)
     assert (
         "optimizer.name is 'lion': expected one of adamw, adamw_8bit, muon, adafactor, or one that a plugin registers"
         in said

@@ -10,7 +10,7 @@ import pytest
 from launcher.run_directory import RunDirectory
 from parallel.checkpoint.manifest import whole_steps
 from tests.launcher.test_train import records
-from tests.launcher.tiny import configuration, run
+from tests.launcher.tiny import configuration, ran
 
 pytestmark = pytest.mark.distributed
 
@@ -37,8 +37,7 @@ def test_a_ramp_and_a_curriculum_are_the_same_in_every_layout_and_after_a_stop(t
         directory.mkdir()
         data = {**SECTIONS["data"], "store": str(store)}
         config = configuration(directory, store, **{**SECTIONS, "data": data})
-        codes, said = run("train", config, ranks=ranks)
-        assert codes == [0] * ranks, said
+        ran("train", config, ranks=ranks)
     found, same = records(alone), records(two)
     # 4 x 32 twice, 8 x 32 until 1,024 are passed (three times), 12 x 32 until 2,400 are passed (four times).
     assert [record["tokens"] for record in found] == [128, 256, 512, 768, 1024, 1408, 1792, 2176, 2560]
@@ -52,8 +51,7 @@ def test_a_ramp_and_a_curriculum_are_the_same_in_every_layout_and_after_a_stop(t
         for later, path in whole_steps(copy / "checkpoints").items():
             if later > step:
                 shutil.rmtree(path)
-        codes, said = run("train", alone / "config.yaml", f"run.dir={copy}")
-        assert codes == [0], said
+        ran("train", alone / "config.yaml", f"run.dir={copy}")
         assert list(RunDirectory(copy).history)[-1]["from_step"] == step
         assert records(copy.parent) == found
 
@@ -66,12 +64,10 @@ def test_a_ramp_that_makes_no_sense_is_refused(tmp_path: Path, store: Path) -> N
         {"global_batch_size": 4, "until_tokens": "many"},
     ]
     config = configuration(tmp_path, store, train={"batch_size_ramp": ramp})
-    codes, said = run("train", config)
-    assert codes == [2]
+    said = ran("train", config, code=2)
     assert "train.batch_size_ramp.0.until_step is 4: expected exactly one of until_step and until_tokens" in said
     assert "train.batch_size_ramp.2.until_step is 3: expected a step after 3" in said
     assert "train.batch_size_ramp.3.until_tokens is 'many': expected a number such as 5000" in said
     config = configuration(tmp_path, store, train={"batch_size_ramp": ramp[1:2], "micro_batch_size": 2})
-    codes, said = run("train", config)
-    assert codes == [2]
+    said = ran("train", config, code=2)
     assert "train.batch_size_ramp.0.global_batch_size is 1: expected at least micro_batch_size" in said

@@ -17,7 +17,7 @@ from parallel.checkpoint.manifest import whole_steps
 from parallel.checkpoint.stream import StoredTensors
 from parallel.config import CheckpointConfig
 from tests.launcher.test_train import records
-from tests.launcher.tiny import configuration, run
+from tests.launcher.tiny import configuration, ran, run
 
 CONSTANT = {"schedule": {"name": "constant", "warmup_steps": 0}}
 
@@ -54,12 +54,10 @@ def test_a_damaged_newest_checkpoint_is_refused_unless_a_fallback_is_asked_for(
     config = copied(finished, tmp_path, store)
     checkpoints = RunDirectory(tmp_path / "run").checkpoints
     _truncate(checkpoints / "step-00000012" / name)
-    codes, said = run("train", config)
-    assert codes == [2]
+    said = ran("train", config, code=2)
     assert f"step-00000012/{name} is damaged" in said
     assert "checkpoint.fallback=true" in said
-    codes, said = run("train", config, "checkpoint.fallback=true")
-    assert codes == [0], said
+    said = ran("train", config, "checkpoint.fallback=true")
     assert "going on after step 8" in said
     assert "is damaged" in said, "going back is told"
     assert list(checkpoints.glob(".damaged-step-00000012-*")), "the damaged one is put aside"
@@ -77,19 +75,16 @@ def test_where_no_checkpoint_is_whole_nothing_begins(tmp_path: Path, store: Path
     config = copied(finished, tmp_path, store)
     for path in RunDirectory(tmp_path / "run").checkpoints.glob("step-*"):
         _truncate(path / "tensors/.metadata")
-    codes, said = run("train", config, "checkpoint.fallback=true")
-    assert codes == [2]
+    said = ran("train", config, "checkpoint.fallback=true", code=2)
     assert "no checkpoint of the run is whole" in said
-    codes, said = run("train", config, "checkpoint.fallback=true")
-    assert codes == [2]
+    said = ran("train", config, "checkpoint.fallback=true", code=2)
     assert "has saved step 12" in said
     assert "no checkpoint any more" in said
 
 
 def test_another_run_s_checkpoint_goes_on_with_the_same_bits(tmp_path: Path, store: Path, finished: Path) -> None:
     config = configuration(tmp_path, store, optimizer=CONSTANT)
-    codes, said = run("train", config, f"checkpoint.load={finished / 'run'}@4")
-    assert codes == [0], said
+    ran("train", config, f"checkpoint.load={finished / 'run'}@4")
     assert records(tmp_path) == records(finished)[4:]
     first, *_ = RunDirectory(tmp_path / "run").history
     assert first["from_step"] == 4
@@ -108,8 +103,7 @@ def test_weights_alone_start_a_run_at_step_zero_in_any_layout(tmp_path: Path, st
         directory = tmp_path / name
         directory.mkdir()
         config = configuration(directory, store, optimizer=CONSTANT, parallel=layout, train={"steps": 2})
-        codes, said = run("train", config, *asked, ranks=ranks)
-        assert codes == [0] * ranks, said
+        said = ran("train", config, *asked, ranks=ranks)
         assert "starting from the weights of" in said
         found.append(records(directory))
     one, two = found
@@ -134,8 +128,7 @@ def test_a_checkpoint_that_was_asked_for_and_cannot_be_had_ends_the_attempt(
         ([f"checkpoint.load={finished / 'run'}@4", "optimizer.name=muon"], "holds the state of the optimizer adamw"),
         ([f"checkpoint.load={finished / 'run'}@4", "data.mixture={code: 1}"], "data.mixture changed"),
     ):
-        codes, said = run("train", config, *asked)
-        assert codes == [2], said
+        said = ran("train", config, *asked, code=2)
         assert told in said
         assert not (tmp_path / "run/checkpoints").exists()
         assert records(tmp_path) == []
@@ -233,8 +226,7 @@ def test_a_slow_copy_has_the_bits_of_its_step(
         return at_once(copy, tensors)
 
     monkeypatch.setattr(HostCopy, "of", late)
-    codes, said = run("train", config, f"run.dir={tmp_path}/run", "checkpoint.asynchronous=true", ranks=2)
-    assert codes == [0, 0], said
+    ran("train", config, f"run.dir={tmp_path}/run", "checkpoint.asynchronous=true", ranks=2)
     for step in (1, 2, 3):
         waiting, beside = (
             StoredTensors(tmp_path / name / "checkpoints" / f"step-{step:08d}") for name in ("waiting", "run")
@@ -248,19 +240,16 @@ def test_a_slow_copy_has_the_bits_of_its_step(
 
 def test_a_mirror_gets_every_step_and_stops_nobody(tmp_path: Path, store: Path) -> None:
     config = configuration(tmp_path, store, checkpoint={"every_steps": 4, "keep": 1})
-    codes, said = run("train", config, "checkpoint.mirror=s3://bucket/run")
-    assert codes == [2]
+    said = ran("train", config, "checkpoint.mirror=s3://bucket/run", code=2)
     assert "checkpoint.mirror is 's3://bucket/run'" in said, "this needs a package that is not installed"
     blocked = tmp_path / "mirror"
     blocked.write_text("in the way")
-    codes, said = run("train", config, f"checkpoint.mirror=file://{blocked}", "train.steps=8")
-    assert codes == [0], said
+    said = ran("train", config, f"checkpoint.mirror=file://{blocked}", "train.steps=8")
     assert "it is tried again at the next save" in said
     shutil.rmtree(tmp_path / "run")
     blocked.unlink()
-    codes, said = run("train", config, f"checkpoint.mirror=file://{blocked}")
-    assert codes == [0], said
+    said = ran("train", config, f"checkpoint.mirror=file://{blocked}")
     assert max(whole_steps(blocked)) == 12
     assert list(whole_steps(tmp_path / "run/checkpoints")) == [12]
-    codes, said = run("train", config, f"run.dir={tmp_path}/other", f"checkpoint.load={blocked}/step-00000012")
+    said = ran("train", config, f"run.dir={tmp_path}/other", f"checkpoint.load={blocked}/step-00000012", code=2)
     assert "is after step 12" in said, "a copy is a checkpoint"

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from launcher.outcome import Outcome
 from launcher.run_directory import RunDirectory
-from tests.launcher.tiny import Started, configuration, run, start
+from tests.launcher.tiny import Started, configuration, outcome_of, ran, run, start
 
 LONG = {"steps": 40}
 
@@ -71,8 +70,7 @@ def test_a_signal_saves_on_all_ranks_and_asks_to_be_requeued(tmp_path: Path, sto
     alone.send(signal.SIGTERM)
     assert started.wait() == [75], started.said()
     assert alone.wait() == [75]
-    outcome = Outcome.read(tmp_path / "run" / "outcome.json")
-    assert outcome is not None
+    outcome = outcome_of(tmp_path)
     assert outcome.exit_code == 75
     assert "SIGTERM" in outcome.message
     saved = RunDirectory(tmp_path / "run").checkpoints / f"step-{outcome.step:08d}"
@@ -112,8 +110,7 @@ def test_a_finished_run_says_so(tmp_path: Path, store: Path) -> None:
     config = configuration(tmp_path, store, train={"steps": 3})
     assert run("train", config)[0] == [0]
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    codes, said = run("train", config)
-    assert codes == [0]
+    said = ran("train", config)
     assert "is finished: 3 steps" in said
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
@@ -181,11 +178,9 @@ def test_fp16_learns_as_fp32_does(tmp_path: Path, store: Path) -> None:
 
 def test_a_step_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path: Path, store: Path) -> None:
     config = configuration(tmp_path, store, optimizer={"learning_rate": 1e30, "clip_norm": 0})
-    codes, said = run("train", config)
-    assert codes == [1]
+    said = ran("train", config, code=1)
     assert re.search(r"FloatingPointError: the .* of step \d+ (is|are) not finite", said)
     assert "go on from the newest checkpoint" in said
-    outcome = Outcome.read(tmp_path / "run" / "outcome.json")
-    assert outcome is not None
+    outcome = outcome_of(tmp_path)
     assert outcome.exit_code == 1
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))

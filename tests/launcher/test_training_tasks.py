@@ -20,7 +20,7 @@ from tests.launcher.test_encoders import MODELS
 from tests.launcher.test_exact_resume import stopped
 from tests.launcher.test_tasks import HARNESS, task
 from tests.launcher.test_train import records
-from tests.launcher.tiny import configuration, run, texts
+from tests.launcher.tiny import configuration, ran, run, texts
 
 assert lm_eval.evaluator
 assert LlamaForCausalLM
@@ -54,8 +54,7 @@ def trained(directory: Path, store: Path, layout: Mapping[str, int], tasks: Mapp
     train = {"steps": 8, "global_batch_size": 4, "micro_batch_size": 2, "sequence_length": 32, "log_every_steps": 1}
     sections = {"model": model, "train": {**train, "deterministic": True}, "evaluate": {"tasks": dict(tasks)}}
     config = configuration(directory, store, **sections, parallel=dict(layout))
-    codes, said = run("train", config, *options, ranks=ranks)
-    assert codes == [0] * ranks, said
+    ran("train", config, *options, ranks=ranks)
     return config
 
 
@@ -93,8 +92,7 @@ def test_training_asks_what_evaluate_asks_and_goes_on_unchanged(
     kept = asked(tmp_path / "asks")
     assert {name for _, name in kept} == {"long", "choose", "write", "furnace"}
     copy = tmp_path / "copy.json"
-    codes, said = run("evaluate", f"{tmp_path / 'asks' / 'run'}@4", *named, "--json", copy, ranks=ranks)
-    assert codes == [0] * ranks, said
+    ran("evaluate", f"{tmp_path / 'asks' / 'run'}@4", *named, "--json", copy, ranks=ranks)
     for name, figures in json.loads(copy.read_text())["tasks"].items():
         assert kept[4, name] == {"checkpoint": "step-00000004", **figures}
         numbers = {f"{name}.{figure}": value for figure, value in figures.items() if isinstance(value, float)}
@@ -148,8 +146,7 @@ def test_a_resumed_run_asks_again_what_comes_after(tmp_path: Path, store: Path) 
     tracking = ("tracking.tensorboard=true", "checkpoint.every_steps=1")
     config = trained(tmp_path / "whole", store, {}, asking(tmp_path), *tracking)
     copy = stopped(tmp_path, config, 6)
-    codes, said = run("train", config, *tracking, f"run.dir={copy}")
-    assert codes == [0], said
+    ran("train", config, *tracking, f"run.dir={copy}")
     assert records(copy.parent) == records(tmp_path / "whole")
     assert asked(copy.parent) == asked(tmp_path / "whole")
     directory = RunDirectory(copy)
@@ -166,8 +163,7 @@ def test_a_resumed_run_asks_again_what_comes_after(tmp_path: Path, store: Path) 
     assert "<b>Tasks</b> figures from 0 to 1" in shown
     assert '"choose.accuracy"' in shown
     assert "long.perplexity" not in shown.partition("<b>Tasks</b>")[2].partition("</figure>")[0]
-    codes, said = run("evaluate", f"{copy}@6", "--task", tmp_path / "choose.yaml")
-    assert codes == [0], said
+    ran("evaluate", f"{copy}@6", "--task", tmp_path / "choose.yaml")
     read = curves.EventAccumulator(str(directory.tensorboard / "evaluate"))
     read.Reload()
     assert [point.step for point in read.Scalars("tasks/choose/accuracy")] == [6]

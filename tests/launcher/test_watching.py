@@ -15,7 +15,7 @@ from launcher.run_directory import RunDirectory
 from launcher.verify.measure import Case, engine_of
 from launcher.verify.world import run_world
 from tests.distributed.layouts import tiny
-from tests.launcher.tiny import configuration, run, start
+from tests.launcher.tiny import configuration, ran, start
 
 PROFILE = {"profile_start_step": 3, "profile_stop_step": 4, "profile_ranks": [1]}
 
@@ -30,8 +30,7 @@ def test_a_run_shows_its_steps(tmp_path: Path, store: Path) -> None:
         evaluate={"every_steps": 12, "batches": 1, "prompts": ["iron ore"], "sample_tokens": 3},
         tracking={"tensorboard": True, "wandb": {"mode": "disabled"}},
     )
-    codes, said = run("train", config, ranks=2)
-    assert codes == [0, 0], said
+    said = ran("train", config, ranks=2)
     directory = RunDirectory(tmp_path / "run")
     assert said.count("after step 20: a step takes") == 1
     found = json.loads(directory.prediction.read_text())
@@ -99,8 +98,7 @@ def test_a_debugger_on_one_rank(tmp_path: Path, store: Path) -> None:
     ids=str,
 )
 def test_mistakes_are_told(tmp_path: Path, store: Path, change: dict[str, dict[str, object]], said: str) -> None:
-    codes, told = run("train", configuration(tmp_path, store, **change))
-    assert codes == [2]
+    told = ran("train", configuration(tmp_path, store, **change), code=2)
     assert said in told
 
 

@@ -28,6 +28,8 @@ from data_pipeline import tokenizer
 from data_pipeline.store import StoreWriter, TokenizedDocument
 from data_pipeline.tokenizer import Tokenizer
 from launcher import changes, cli, config
+from launcher.outcome import Outcome
+from launcher.run_directory import RunDirectory
 from parallel.checkpoint import manifest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -93,6 +95,13 @@ def configuration(directory: Path, store: Path, **sections: dict[str, Any] | lis
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def outcome_of(directory: Path) -> Outcome:
+    """How the run in a directory says that it ended."""
+    found = Outcome.read(RunDirectory(directory / "run").outcome)
+    assert found is not None
+    return found
 
 
 @contextmanager
@@ -192,6 +201,13 @@ def run(*arguments: str | Path, ranks: int = 1, **started_with: Any) -> tuple[li
     said = started.said()
     started.output.unlink()
     return codes, said
+
+
+def ran(*arguments: str | Path, ranks: int = 1, code: int = 0, **started_with: Any) -> str:
+    """What `bloomery ARGUMENTS` says on forked ranks, all of which end with `code`."""
+    codes, said = run(*arguments, ranks=ranks, **started_with)
+    assert codes == [code] * ranks, f"exit codes {codes}:\n{said}"
+    return said
 
 
 def _fork(arguments: list[str], names: dict[str, str], output: Path) -> int:
