@@ -67,11 +67,13 @@ def _to(path: Path, rank: int) -> None:
 
 
 def _take_over_libraries() -> None:
-    """Libraries that gave themselves handlers to the terminal speak through ours."""
+    """Libraries that gave themselves handlers to the terminal speak through ours, and as seldom: torch's checkpoints
+    would tell of each tensor twice a save."""
     for name, library in list(logging.Logger.manager.loggerDict.items()):
         if isinstance(library, logging.Logger) and name.split(".")[0] not in ROOMS and library.handlers:
             library.handlers.clear()
             library.propagate = True
+            library.setLevel(max(library.level, logging.INFO))
 
 
 def _for_people(record: logging.LogRecord, rank: int) -> bool:

@@ -51,6 +51,7 @@ def test_from_training_to_the_report_with_the_public_commands(tmp_path: Path, st
     assert lines[0].startswith("model: 40.1K parameters")
     assert all(line.startswith(("model:", "layout:", "step ", "finished:")) for line in lines), trained.stdout
     run = tmp_path / "run"
+    assert "DEBUG" not in (run / "logs" / "rank-00000.log").read_text(), "torch tells of each tensor of each save"
     evaluated = ran("evaluate", run, "--json", tmp_path / "e.json", ranks=2)
     assert (tmp_path / "e.json").read_bytes() == (run / "evaluation.json").read_bytes()
     again = ran("evaluate", f"{run}@12")
