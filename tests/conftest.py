@@ -20,7 +20,7 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 if not Path("/dev/nvidiactl").exists():
-    _ENVIRONMENT |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}  # as a run's ranks
+    _ENVIRONMENT |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
 
 os.environ.update(_ENVIRONMENT)
 

@@ -129,7 +129,7 @@ def test_a_rank_alone_is_watched_too(tmp_path: Path, store: Path) -> None:
     seldom = {"every_steps": 100_000}
     config = configuration(tmp_path, store, train={"steps": 100_000}, checkpoint=seldom, watchdog=LIMITS)
     started = start("train", config)
-    wait_for_step(started, tmp_path, 30)  # behind the look at this machine's speed, which has, as saves, the longer limit
+    wait_for_step(started, tmp_path, 30)  # behind the look at the speed, which has the longer limit, as saves
     started.send(signal.SIGSTOP)
     assert started.wait() == [-signal.SIGKILL]
     assert f"rank 0 on {HOST} is stopped" in started.said()
