@@ -52,6 +52,7 @@ from parallel.checkpoint.patience import Patience
 from parallel.checkpoint.retention import Retention
 from parallel.common.lines import JsonLines
 from parallel.common.stateful import Stateful
+from parallel.config import Precision
 from parallel.engine import Engine, Objective
 from parallel.precision import model_dtype, on_this_machine
 from parallel.rules import check_patterns
@@ -266,13 +267,15 @@ def make_engine(
     dtype: torch.dtype | None = None,
 ) -> Engine:
     """The model with its optimizer, initialised from the seed; of the configured precision, unless `dtype` is given."""
+    dtype = dtype or model_dtype(config.precision)
     chunks = build(
         config.model,
         vocabulary_size=vocabulary_size,
         sequence_length=config.train.sequence_length,
-        dtype=dtype or model_dtype(config.precision),
+        dtype=dtype,
         topology=topology,
         seed=config.run.seed,
+        in_eight_bits=config.precision is Precision.fp8 and dtype == model_dtype(config.precision),
     )
     if predicts_in_chunks(config):
         for chunk in chunks:

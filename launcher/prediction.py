@@ -26,6 +26,7 @@ from launcher.plan.stages import stage_shapes
 from launcher.progress import Progress
 from parallel.common.files import write_json
 from parallel.common.units import format_bytes, format_duration
+from parallel.config import Precision
 from parallel.engine import Engine
 from parallel.precision import on_this_machine
 from parallel.topology import Topology
@@ -80,6 +81,7 @@ def setting_of(config: RunConfig, facts: Facts, topology: Topology, machine: Har
         ranks=topology.world_size,
         node_ranks=min(topology.world_size, torch.cuda.device_count()) if cuda else topology.world_size,
         precision=on_this_machine(config.precision),
+        matrix_precision="fp8" if cuda and config.precision is Precision.fp8 else None,
         hardware=machine,
         software=OURS if cuda else ON_CPU,
         accelerator=cuda,

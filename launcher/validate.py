@@ -19,9 +19,10 @@ from launcher.optimizer_rules import optimizer_problems
 from launcher.watching_rules import watching_problems
 from model import families, projections
 from model.config import Classified, ModelConfig, ObjectiveName, Position, RopeScaling
+from model.size import FP8_TILE, head_size
 from parallel.checkpoint.mirror import place
 from parallel.common.errors import ConfigError, Problem
-from parallel.config import BestMetric
+from parallel.config import BestMetric, Precision
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _VOCABULARY_MULTIPLE = 128
@@ -76,6 +77,7 @@ def check_training(config: RunConfig, *, ranks: int, store: Store | None = None)
             _model(config),
             _mup(config),
             projections.problems(config.model),
+            _eight_bits(config),
             layout_problems(config, ranks),
             watching_problems(config, ranks),
         )
@@ -103,6 +105,27 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
         if not (weight >= 0 and math.isfinite(weight)):
             yield Problem(key=f"data.mixture.{name}", got=weight, legal="a share of 0 or more")
     yield from training_problems(config.data, config.train.sequence_length)
+
+
+def _eight_bits(config: RunConfig) -> Iterator[Problem]:
+    """Kernels for products in eight bits have tiles, and those of tensor parallelism are not built."""
+    if config.precision is not Precision.fp8:
+        return
+    if config.parallel.tensor > 1:
+        yield Problem(key="precision", got="fp8", legal="bf16 where parallel.tensor is above 1")
+    model, train = config.model, config.train
+    tokens = train.micro_batch_size * train.sequence_length // config.parallel.context
+    lengths = {
+        "model.hidden_size": model.hidden_size,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "model.head_size": head_size(model) * math.gcd(model.heads, model.kv_heads or model.heads),
+        "model.latent.kv_rank": model.latent.kv_rank or FP8_TILE,
+        "model.latent.q_rank": model.latent.q_rank or FP8_TILE,
+        "train.sequence_length": tokens,
+    }
+    for key, length in lengths.items():
+        if length % FP8_TILE:
+            yield Problem(key=key, got=length, legal=f"a multiple of {FP8_TILE} with precision=fp8")
 
 
 def _run(config: RunConfig) -> Iterator[Problem]:

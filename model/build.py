@@ -6,7 +6,7 @@ the same description that checkpoints use.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import gelu, linear, relu, silu
 
-from model import mup
+from model import fp8, mup
 from model.bert import MaskedLanguageModel
 from model.config import Activation, ModelConfig, Norm
 from model.families import Architecture, family
@@ -134,8 +134,9 @@ def initialise(chunk: torch.nn.Module, *, config: ModelConfig, seed: int) -> Non
             shard.of(local.parameter.data).copy_(whole[described.global_slice()].view(described.local_shape))
 
 
-def unsplit_linears(chunk: torch.nn.Module) -> None:
-    """Has torch itself multiply by the matrices of a chunk, of which no tensor rank shares any.
+def unsplit_linears(chunk: LanguageModel, *, in_eight_bits: bool = False) -> None:
+    """Has torch itself multiply by the matrices of a chunk, of which no tensor rank shares any; those of blocks, but
+    for experts', in eight bits if asked.
 
     megatron-core's functions around a product overlap and add up what other tensor ranks have, and are Python in both
     directions: some 0.2 ms a matrix and micro-batch on a CPU.
@@ -143,18 +144,26 @@ def unsplit_linears(chunk: torch.nn.Module) -> None:
     linears: list[Any] = [
         module for module in chunk.modules() if isinstance(module, ColumnParallelLinear | RowParallelLinear)
     ]
+    decoder: Any = chunk.decoder
+    blocks = set(decoder.modules()) if in_eight_bits else set()
     for module in linears:
-        module.forward = partial(_multiplied, module)
+        multiply = fp8.linear if module in blocks and not module.is_expert else linear
+        module.forward = partial(_multiplied, module, multiply)
 
 
 def _multiplied(
-    module: Any, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    module: Any,
+    multiply: Callable[..., Tensor],
+    hidden: Tensor,
+    weight: Tensor | None = None,
+    runtime_gather_output: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As the module's own forward."""
     del runtime_gather_output  # there is nobody to gather from
     bias = module.bias
     kept = bias if module.skip_bias_add else None
-    return linear(hidden, module.weight if weight is None else weight, None if module.skip_bias_add else bias), kept
+    weight = module.weight if weight is None else weight
+    return multiply(hidden, weight, None if module.skip_bias_add else bias), kept
 
 
 def build(
@@ -165,8 +174,10 @@ def build(
     dtype: torch.dtype,
     topology: Topology,
     seed: int,
+    in_eight_bits: bool = False,
 ) -> list[LanguageModel]:
-    """This rank's chunks of the model (one a virtual stage), initialised, on the rank's device."""
+    """This rank's chunks of the model (one a virtual stage), initialised, on the rank's device; `in_eight_bits`: blocks
+    multiply their matrices as `model.fp8` does, without tensor parallelism."""
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     layer_config = transformer_config(config, dtype=dtype, topology=topology)
     chunks: list[LanguageModel] = []
@@ -182,7 +193,7 @@ def build(
             seed=seed,
         ).to(topology.device)
         if topology.config.tensor == 1:
-            unsplit_linears(chunk)
+            unsplit_linears(chunk, in_eight_bits=in_eight_bits)
         if config.lora.rank is not None:
             adapt(chunk, config, topology)
         initialise(chunk, config=config, seed=seed)

@@ -9,6 +9,8 @@ from model.config import ModelConfig, Norm, Position
 from model.families import family
 from model.projections import BLOCK, CROSSING, adapter_parameters
 
+FP8_TILE = 16
+"""What every length of a product in eight bits is to be a multiple of."""
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
 """Float32 logits that are there at a time: what a CPU's cache holds, and what keeps an accelerator's products large."""
 

@@ -16,6 +16,8 @@ class Precision(StrEnum):
     fp32 = "fp32"
     fp16 = "fp16"
     """With dynamic loss scaling; for accelerators that have no bf16."""
+    fp8 = "fp8"
+    """bf16 whose blocks multiply their matrices in eight bits, scaled per tensor at each use; for tensor = 1."""
 
 
 class Recompute(StrEnum):

@@ -7,7 +7,9 @@ from parallel.cpu import has_gpu
 
 
 def on_this_machine(precision: Precision) -> Precision:
-    """What `auto` is here: bf16 on an accelerator that has it, else fp32; another one as it is."""
+    """What weights and activations are: `auto` is bf16 on an accelerator that has it, else fp32; fp8 is bf16."""
+    if precision is Precision.fp8:
+        return Precision.bf16
     if precision is not Precision.auto:
         return precision
     return Precision.bf16 if has_gpu() and torch.cuda.is_bf16_supported() else Precision.fp32

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int | Work:
     job = ExplainJob(
         config=config,
         ranks=ranks,
-        precision=Precision.bf16 if config.precision is Precision.auto else config.precision,
+        precision=Precision.bf16 if config.precision in (Precision.auto, Precision.fp8) else config.precision,
         vocabulary_size=embedding_rows(given),
         measure=not options.no_measure,
         json=options.json,

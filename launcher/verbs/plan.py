@@ -119,7 +119,8 @@ def _setting(config: RunConfig, options: argparse.Namespace) -> Setting:
         layout=ParallelConfig(),
         ranks=options.nodes * options.gpus_per_node,
         node_ranks=options.gpus_per_node,
-        precision=Precision.bf16 if config.precision is Precision.auto else config.precision,
+        precision=Precision.bf16 if config.precision in (Precision.auto, Precision.fp8) else config.precision,
+        matrix_precision="fp8" if config.precision is Precision.fp8 else None,
         hardware=hardware,
         packed=config.data.mask_documents,
     )

@@ -5,8 +5,8 @@ plain PyTorch (stage 0):
 
 - float64 without ZeRO: everything that is not ZeRO, to 1e-11;
 - float32 with the configured ZeRO stage, to 2e-6;
-- the configured precision, if it is bf16 (or auto, which is bf16 on an accelerator) or fp16: gradients may be 1.5 times
-  as far from float32 as one rank's are in that precision.
+- the configured precision, if it is bf16 (or auto, which is bf16 on an accelerator), fp16 or fp8: gradients may be 1.5
+  times as far from float32 as one rank's are in that precision.
 
 The oracle is led by the layout's gradients (launcher/verify/measure.py), so all steps are compared at the same weights.
 """
@@ -27,7 +27,12 @@ from parallel.rules import FIRST_MOMENT, SECOND_MOMENT
 from parallel.updater import Kind
 
 _LIMITS = {torch.float64: 1e-11, torch.float32: 2e-6}
-_HALVES = {Precision.auto: torch.bfloat16, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+_HALVES = {
+    Precision.auto: torch.bfloat16,
+    Precision.bf16: torch.bfloat16,
+    Precision.fp16: torch.float16,
+    Precision.fp8: torch.bfloat16,
+}
 _HALF_FACTOR = 1.5
 """How much further from float32 than one rank a layout may be in bf16 or fp16."""
 _HALF_LOSS, _HALF_NORM = 1e-3, 1e-2
@@ -118,7 +123,7 @@ def proofs(shrunk: Shrunk) -> Iterator[Proof]:
     yield Proof(name=f"fp32 ZeRO-{stage}", comparison=compared(Case(config=config, ranks=ranks)))
     half = _HALVES.get(config.precision)
     if half is not None:
-        name = "fp16" if half is torch.float16 else "bf16"
+        name = Precision.bf16 if config.precision is Precision.auto else config.precision
         yield Proof(name=f"{name} ZeRO-{stage}", comparison=compared(Case(config=config, ranks=ranks, dtype=half)))
 
 
