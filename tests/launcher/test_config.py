@@ -86,7 +86,7 @@ def test_a_required_key_may_stand_open_until_a_verb_needs_it() -> None:
         ("train: {steps: many}", "train.steps: got 'many', expected a whole number"),
         ("train: {steps: 1.5}", "train.steps: got '1.5', expected a whole number"),
         ("optimizer: {betas: [1, 2, 3]}", "optimizer.betas: got a list of the wrong length"),
-        ("precision: fp99", "precision: Invalid value 'fp99', expected one of [auto, bf16, fp32, fp16]"),
+        ("precision: fp99", "precision: Invalid value 'fp99', expected one of [auto, bf16, fp32, fp16, fp8]"),
         ("train: 3", "train: got a single value, expected keys below it"),
         ("train: {steps: 1", "is not valid YAML"),
         ("train:\n\tsteps: 1", "line 2 is not valid YAML"),
