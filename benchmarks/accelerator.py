@@ -123,8 +123,8 @@ def batch_of(case: Case, step: int) -> dict[str, torch.Tensor]:
     }
 
 
-def engine(case: Case, layout: ParallelConfig, dtype: torch.dtype, *, device: torch.device | None = None) -> Engine:
-    """The engine of a case."""
+def engine(case: Case, layout: ParallelConfig, dtype: torch.dtype, **options: Any) -> Engine:
+    """The engine of a case; `options` are those of `engine_of`."""
     return engine_of(
         case.config,
         vocabulary_size=case.vocabulary_size,
@@ -133,7 +133,7 @@ def engine(case: Case, layout: ParallelConfig, dtype: torch.dtype, *, device: to
         layout=layout,
         dtype=dtype,
         learning_rate=1e-4,
-        device=device,
+        **options,
     )
 
 
@@ -142,7 +142,7 @@ def case_of(name: str, variant: str, micro_batch: int, recompute: str, steps: in
     case = replace(CASES[name], micro_batch=micro_batch)
     chosen = VARIANTS[variant]
     layout = ParallelConfig(zero_stage=1, recompute=RecomputeConfig(mode=Recompute(recompute)), **chosen.layout)
-    built = engine(case, layout, torch.bfloat16)
+    built = engine(case, layout, torch.bfloat16, in_eight_bits=chosen.in_eight_bits)
     chosen.change(built)
     batches = [batch_of(case, step) for step in range(WARM_UP + steps)]
     seconds = _timed(lambda step: float(built.step(batches[step]).loss), steps)

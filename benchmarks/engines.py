@@ -21,12 +21,19 @@ def engine_of(
     dtype: torch.dtype = torch.float32,
     learning_rate: float = 1e-3,
     device: torch.device | None = None,
+    in_eight_bits: bool = False,
 ) -> Engine:
     """On the device that the topology chooses by itself, or on the one given; every rank calls this."""
     topology = Topology.create(layout, device=device)
     optimizer = OptimizerConfig(learning_rate=learning_rate, schedule=ScheduleConfig(name=ScheduleName.constant))
     chunks = build(
-        model, vocabulary_size=vocabulary_size, sequence_length=sequence, dtype=dtype, topology=topology, seed=1
+        model,
+        vocabulary_size=vocabulary_size,
+        sequence_length=sequence,
+        dtype=dtype,
+        topology=topology,
+        seed=1,
+        in_eight_bits=in_eight_bits,
     )
     if layout.logits is Logits.chunked:
         for chunk in chunks:

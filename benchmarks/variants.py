@@ -61,6 +61,7 @@ class Variant:
 
     layout: Mapping[str, Any] = field(default_factory=dict)
     change: Callable[[Engine], None] = lambda _engine: None
+    in_eight_bits: bool = False
     packed: bool = False
     """Only where there are documents."""
 
@@ -68,6 +69,8 @@ class Variant:
 VARIANTS = {
     "unchanged": Variant(),
     "whole logits": Variant(layout={"logits": Logits.whole}),
+    "fp8": Variant(in_eight_bits=True),
+    "fp8, compiled layers": Variant(in_eight_bits=True, change=compile_layers),
     "compiled small parts": Variant(change=compile_small_parts),
     "compiled layers": Variant(change=compile_layers),
     "documents in one kernel": Variant(change=attend_in_one_kernel, packed=True),

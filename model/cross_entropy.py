@@ -287,6 +287,8 @@ class ChunkedCrossEntropy:
         counted = _counted(batch["loss_weights"])
         some = len(counted) < len(rows)
         if some:
+            if hidden.is_cuda:  # from other memory a copy waits for all that the device has to do
+                counted = counted.pin_memory()
             counted = counted.to(hidden.device, non_blocking=True)
             rows, labels, weights = (each.index_select(0, counted) for each in (rows, labels, weights))
         precision = torch.promote_types(matrix.dtype, torch.float32)
