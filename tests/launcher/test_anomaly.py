@@ -158,7 +158,7 @@ def test_a_rollback_jumps_over_the_data(tmp_path: Path, store: Path, monkeypatch
     plain, bad = tmp_path / "plain", tmp_path / "bad"
     for directory in (plain, bad):
         directory.mkdir()
-    assert run("train", configuration(plain, store), ranks=2)[0] == [0, 0]
+    ran("train", configuration(plain, store), ranks=2)
     gradient_becomes(monkeypatch, math.nan, lambda _engine, batch: 6 * 4 - 1 in batch["sample_ids"])
     config = configuration(bad, store, anomaly={"not_finite": "rollback"})
     said = ran("train", config, ranks=2)

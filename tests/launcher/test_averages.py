@@ -13,7 +13,7 @@ from parallel.checkpoint.stream import StoredTensors
 from parallel.common.errors import UserError
 from tests.launcher.test_conversion import in_process
 from tests.launcher.test_train import records
-from tests.launcher.tiny import configuration, ran, run
+from tests.launcher.tiny import configuration, ran
 
 pytestmark = pytest.mark.distributed
 
@@ -52,7 +52,7 @@ def test_an_average_is_kept_resumed_and_exported(averaged: Path, tmp_path: Path,
 
 def test_a_run_without_an_average_has_none_to_load_or_to_export(tmp_path: Path, store: Path) -> None:
     config = configuration(tmp_path, store, train={"steps": 4})
-    assert run("train", config)[0] == [0]
+    ran("train", config)
     with pytest.raises(UserError, match="keeps no average of the weights"):
         in_process(export_main, tmp_path / "run", "--output", tmp_path / "mean", "--average")
     more = ("train.steps=6", "optimizer.average_decay=0.9", f"run.dir={tmp_path / 'more'}")
@@ -69,7 +69,7 @@ def test_the_mean_of_checkpoints_is_a_checkpoint(averaged: Path, tmp_path: Path)
     for name, tensor in found.items():
         assert torch.equal(tensor, (sum(part[name].double() for part in parts) / 3).float())
     ran("evaluate", tmp_path / "mean")
-    assert run("checkpoint", "check", tmp_path / "mean")[0] == [0]
+    ran("checkpoint", "check", tmp_path / "mean")
 
 
 def test_what_has_no_mean_is_refused(averaged: Path, tmp_path: Path, store: Path) -> None:

@@ -21,7 +21,7 @@ from launcher.doctor.preflight import Measured, measure, suspects
 from launcher.verify.world import run_world
 from parallel.common.lines import JsonLines
 from tests.launcher.test_train import records
-from tests.launcher.tiny import command, configuration, environment, outcome_of, ran, run
+from tests.launcher.tiny import command, configuration, environment, outcome_of, ran
 
 _BLOCKER = """\
 import importlib.abc, os, sys
@@ -195,7 +195,7 @@ def test_a_bad_node_ends_the_start_and_is_blamed(tmp_path: Path, store: Path, mo
     assert "has 1 MiB of memory left" in outcome.message
     (blamed,) = JsonLines(tmp_path / "blame.jsonl")
     assert blamed["kind"] == "bad"
-    assert run("train", config, "watchdog.preflight=false", ranks=2)[0] == [0, 0]
+    ran("train", config, "watchdog.preflight=false", ranks=2)
     assert len(records(tmp_path)) == 12
 
 

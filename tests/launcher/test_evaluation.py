@@ -21,7 +21,7 @@ from tests.launcher.tiny import DOCUMENTS, configuration, ran, run, texts
 def trained(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
     """The directory of a finished run, evaluated."""
     directory = tmp_path_factory.mktemp("trained")
-    assert run("train", configuration(directory, store))[0] == [0]
+    ran("train", configuration(directory, store))
     ran("evaluate", directory / "run")
     return directory / "run"
 
@@ -75,11 +75,11 @@ def test_every_token_is_predicted_once(trained: Path, store: Path) -> None:
 
 def test_a_standing_evaluation_is_shown_and_another_checkpoint_is_not_taken_for_it(trained: Path) -> None:
     before = (trained / "evaluation.json").stat().st_mtime_ns
-    assert run("evaluate", trained)[0] == [0]
+    ran("evaluate", trained)
     assert (trained / "evaluation.json").stat().st_mtime_ns == before
-    assert run("evaluate", f"{trained}@8")[0] == [0]
+    ran("evaluate", f"{trained}@8")
     assert json.loads((trained / "evaluation.json").read_text())["step"] == 8
-    assert run("evaluate", trained / "checkpoints" / "step-00000012")[0] == [0]
+    ran("evaluate", trained / "checkpoints" / "step-00000012")
     assert json.loads((trained / "evaluation.json").read_text())["step"] == 12
 
 
@@ -108,4 +108,4 @@ def test_samples_are_kept_and_a_second_call_shows_them(trained: Path) -> None:
     assert list(RunDirectory(trained).samples) == kept
     drawn = run("generate", trained, "--temperature", "1", "--seed", "3", "--tokens", "20")[1]
     assert drawn != run("generate", trained, "--temperature", "1", "--seed", "4", "--tokens", "20")[1]
-    assert run("generate", trained, "--temperature", "-1")[0] == [2]
+    ran("generate", trained, "--temperature", "-1", code=2)

@@ -12,7 +12,7 @@ from launcher.report.page import comparison, page
 from launcher.report.store_page import write_store_page
 from launcher.run_directory import RunDirectory
 from parallel.common.errors import UserError
-from tests.launcher.tiny import configuration, run
+from tests.launcher.tiny import configuration, ran
 
 
 class Page(HTMLParser):
@@ -48,8 +48,8 @@ class Page(HTMLParser):
 def directory(tmp_path_factory: pytest.TempPathFactory, store: Path) -> RunDirectory:
     """A finished run with a sample that tries to break out of the page."""
     place = tmp_path_factory.mktemp("reported")
-    assert run("train", configuration(place, store, evaluate={"every_steps": 4, "batches": 1}))[0] == [0]
-    assert run("evaluate", place / "run")[0] == [0]
+    ran("train", configuration(place, store, evaluate={"every_steps": 4, "batches": 1}))
+    ran("evaluate", place / "run")
     found = RunDirectory(place / "run")
     evil = "</script></pre><script>alert(1)</script>"
     found.samples.append({"prompt": evil, "continuation": evil, "checkpoint": evil, "temperature": 0.0})

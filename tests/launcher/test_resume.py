@@ -17,7 +17,7 @@ from parallel.checkpoint.manifest import whole_steps
 from parallel.checkpoint.stream import StoredTensors
 from parallel.config import CheckpointConfig
 from tests.launcher.test_train import records
-from tests.launcher.tiny import configuration, ran, run
+from tests.launcher.tiny import configuration, ran
 
 CONSTANT = {"schedule": {"name": "constant", "warmup_steps": 0}}
 
@@ -26,7 +26,7 @@ CONSTANT = {"schedule": {"name": "constant", "warmup_steps": 0}}
 def finished(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
     """The directory of a finished run of twelve steps, saved every four; copy it before you change it."""
     directory = tmp_path_factory.mktemp("finished")
-    assert run("train", configuration(directory, store, optimizer=CONSTANT))[0] == [0]
+    ran("train", configuration(directory, store, optimizer=CONSTANT))
     return directory
 
 
@@ -91,7 +91,7 @@ def test_another_run_s_checkpoint_goes_on_with_the_same_bits(tmp_path: Path, sto
     assert first["from_checkpoint"].endswith("step-00000004")
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
     (tmp_path / "run/outcome.json").unlink()
-    assert run("train", config, "checkpoint.load=nowhere")[0] == [0], "what it started from is history"
+    ran("train", config, "checkpoint.load=nowhere")  # what it started from is history
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
@@ -156,7 +156,7 @@ def test_a_clock_decides_on_rank_0_alone() -> None:
 @pytest.mark.distributed
 def test_time_saves_on_all_ranks(tmp_path: Path, store: Path) -> None:
     config = configuration(tmp_path, store, train={"steps": 3})
-    assert run("train", config, "checkpoint.every_steps=100", "checkpoint.every_seconds=1e-6", ranks=2)[0] == [0, 0]
+    ran("train", config, "checkpoint.every_steps=100", "checkpoint.every_seconds=1e-6", ranks=2)
     saved = [event for event in RunDirectory(tmp_path / "run").events if event["event"] == "saved"]
     assert [event["step"] for event in saved] == [1, 2, 3]
     assert all(event["seconds"] > 0 for event in saved)
@@ -171,7 +171,7 @@ def test_the_best_by_validation_stays(tmp_path: Path, store: Path) -> None:
         evaluate={"every_steps": 1, "batches": 1},
         checkpoint={"every_steps": 1, "keep": 1, "keep_best": 1},
     )
-    assert run("train", config)[0] == [0]
+    ran("train", config)
     losses = {record["step"]: record["validation_loss"] for record in records(tmp_path)}
     best = min(losses, key=lambda step: losses[step])
     assert best != 6, "a learning rate this high ruins the weights"
@@ -182,7 +182,7 @@ def test_the_best_by_validation_stays(tmp_path: Path, store: Path) -> None:
 @pytest.mark.distributed
 def test_saving_in_the_background_changes_no_number(tmp_path: Path, store: Path, finished: Path) -> None:
     config = configuration(tmp_path, store, optimizer=CONSTANT, checkpoint={"every_steps": 1, "asynchronous": True})
-    assert run("train", config, ranks=2)[0] == [0, 0]
+    ran("train", config, ranks=2)
     directory = RunDirectory(tmp_path / "run")
     for mine, theirs in zip(records(tmp_path), records(finished), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
@@ -192,7 +192,7 @@ def test_saving_in_the_background_changes_no_number(tmp_path: Path, store: Path,
     shutil.rmtree(directory.checkpoints / "step-00000012")
     directory.outcome.unlink()
     kept = records(tmp_path)
-    assert run("train", config, "checkpoint.asynchronous=false", ranks=2)[0] == [0, 0]
+    ran("train", config, "checkpoint.asynchronous=false", ranks=2)
     assert records(tmp_path) == kept
     assert (tmp_path / "run/metrics.jsonl").read_bytes() != before, "step 12 was taken again"
 
@@ -218,7 +218,7 @@ def test_a_slow_copy_has_the_bits_of_its_step(
     """The next step's passes are over long before the copy is: its update waits, and the wait is counted as a save."""
     sections = {"parallel": parallel, "optimizer": CONSTANT | optimizer, "train": {"steps": 3}}
     config = configuration(tmp_path, store, checkpoint={"every_steps": 1}, **sections)
-    assert run("train", config, f"run.dir={tmp_path}/waiting", ranks=2)[0] == [0, 0]
+    ran("train", config, f"run.dir={tmp_path}/waiting", ranks=2)
     at_once = HostCopy.of
 
     def late(copy: HostCopy, tensors: Iterable[ShardedTensor]) -> list[ShardedTensor]:

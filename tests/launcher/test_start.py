@@ -93,7 +93,7 @@ def test_a_rank_that_dies_ends_the_call_with_1(tmp_path: Path, store: Path) -> N
 @pytest.mark.long
 def test_a_mistake_that_only_the_ranks_see_is_one_sentence(tmp_path: Path, store: Path) -> None:
     config = configuration(tmp_path, store)
-    assert forked("train", config, "train.steps=3")[0] == [0]
+    ran("train", config, "train.steps=3")
     (tmp_path / "run" / "outcome.json").unlink()
     state = tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json"
     state.write_bytes(state.read_bytes().replace(b"1", b"2", 1))

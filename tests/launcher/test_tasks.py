@@ -130,7 +130,7 @@ def test_windows_ask_for_each_token_once(count: int, length: int, stride: int) -
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
     directory = tmp_path_factory.mktemp("trained")
-    assert run("train", configuration(directory, store, train={"steps": 30}))[0] == [0]
+    ran("train", configuration(directory, store, train={"steps": 30}))
     return directory / "run"
 
 

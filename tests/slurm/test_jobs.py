@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.slurm.submission import SCRIPTS
-from tests.launcher.tiny import command, environment, run, texts
+from tests.launcher.tiny import command, environment, ran, texts
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.jobs import PATIENCE_SECONDS, Job, Step, measured, steps_of, submit, tiny_run
 
@@ -148,7 +148,7 @@ def test_a_sweep_is_an_array_of_runs(cluster: Cluster, tmp_path: Path, store: Pa
 @pytest.mark.long
 def test_evaluate_and_data_build_are_jobs_too(cluster: Cluster, tmp_path: Path, store: Path) -> None:
     config = tiny_run(tmp_path, store, "looked-at", train={"steps": 3})
-    assert run("train", config, ranks=2)[0] == [0, 0]
+    ran("train", config, ranks=2)
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts("data", 400)))
     build = tmp_path / "build.yaml"
