@@ -239,7 +239,7 @@ class _InChunks(torch.autograd.Function):
         losses, squares = found[0], found[1].sum()
         total = losses.sum()
         ctx.mark_non_differentiable(losses, squares)
-        return (total + work.z_loss * squares if work.z_loss else total), losses, squares
+        return (total + work.z_loss * squares if work.z_loss and wanted else total), losses, squares
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

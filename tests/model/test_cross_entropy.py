@@ -117,6 +117,18 @@ def test_bf16_is_as_near_to_the_truth_as_with_all_logits(monkeypatch: pytest.Mon
         assert 1e-4 < chunked[index] <= 1.1 * whole[index]
 
 
+def test_without_gradients_there_is_no_z_loss() -> None:
+    def totals() -> list[float]:
+        given = example(torch.float64, weights="some")
+        topology = Topology.create(ParallelConfig())
+        entropies = [ChunkedCrossEntropy(topology=topology, z_loss=z) for z in (0.0, Z_LOSS)]
+        own = (given["hidden"], given["matrix"], given)
+        return [float(entropy(*own, form=LogitForm(), bias=None).total) for entropy in entropies]
+
+    ((plain, with_z),) = run_world(totals, 1)
+    assert plain == with_z > 0
+
+
 def test_a_frozen_matrix_gets_no_gradient() -> None:
     def gradients() -> tuple[bool, bool]:
         given = example(torch.float32, weights="all")
