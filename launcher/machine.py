@@ -66,7 +66,7 @@ def measured_cpu(
     samples, length = config.train.micro_batch_size, config.train.sequence_length // config.parallel.context
     tokens, tensor = samples * length, config.parallel.tensor
     seconds = partial(_seconds, clock)
-    latency, link_rate = _links(clock)  # first: from here on all ranks do the same at the same time
+    latency, link_rate = _links(clock)
     peak = _product_rate(seconds, _products(config), tokens, dtype)
     output_rate = _output_rate(seconds, config, facts, tokens, topology)
     elements = min(_LARGEST, tokens * max(1, model.ffn_hidden_size // tensor))
@@ -215,7 +215,8 @@ def _links(clock: Callable[[], float]) -> tuple[float, float]:
 
 
 def _seconds(clock: Callable[[], float], work: Callable[[], object], *, enough: float = _ENOUGH_SECONDS) -> float:
-    """Of some tries."""
+    """Of some tries, which all ranks begin together, so that they share caches and memory as in a step."""
+    dist.barrier()
     taken: list[float] = []
     while len(taken) < 2 or (len(taken) < _TRIES and sum(taken) < enough):
         started = clock()

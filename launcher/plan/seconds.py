@@ -240,8 +240,8 @@ def _data(setting: Setting, slowest: Passes) -> float:
     ahead, back = hidden * slowest.forward, hidden * slowest.backward
     if how.stage == 0:
         return 2 * gradients
-    if how.own and not setting.software.scatters:
-        gradients *= 2
+    if not setting.software.in_parts:
+        gradients, weights = 2 * gradients, 2 * weights
     if how.stage == 3:
         one_block = (weights + gradients) / max(1, model.layers)
         return count * (max(0.0, weights - ahead) + max(0.0, weights + gradients - back) + one_block)

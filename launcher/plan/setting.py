@@ -30,15 +30,15 @@ class Software:
     """Whether gate, rotary positions and residual sums are one pass over memory each."""
     block_seconds: float = 1e-3
     """Least time of a block's forward pass: the host's, to start its kernels."""
-    scatters: bool = True
-    """Whether our own ZeRO-1 reduces gradients to their owners alone; over gloo all ranks get them, at twice the
-    cost."""
+    in_parts: bool = True
+    """Whether reducing gradients to their owners, and gathering weights from them, each cost half an all-reduce; over
+    gloo they cost a whole one."""
     gradient_width: int = 4
     """Bytes of a gradient's element on its way."""
 
 
 OURS = Software()
-ON_CPU = Software(block_seconds=0.0, scatters=False)
+ON_CPU = Software(block_seconds=0.0, in_parts=False)
 """A CPU starts nothing ahead."""
 
 
