@@ -17,6 +17,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,10 @@ class RunDirectory:
 
     def differences(self, config: RunConfig) -> dict[str, tuple[Any, Any]]:
         """{key: (value in the run, value now)} of everything that differs from the run's configuration."""
-        if not self.config.is_file() or self.config.read_bytes() == configuration.as_yaml(config).encode():
-            return {}  # as a start asks three times, and to read the tree again takes 60 ms
-        before = configuration.flatten(configuration.to_dict(configuration.load([self.config])))
+        content = self.config.read_bytes() if self.config.is_file() else None
+        if content is None or content == configuration.as_yaml(config).encode():
+            return {}
+        before = _recorded(self.config, content)
         now = configuration.flatten(configuration.to_dict(config))
         keys = list(dict.fromkeys((*before, *now)))
         return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
@@ -104,6 +106,12 @@ class RunDirectory:
                 f"the run {self.path} has saved step {saved[-1]}, and {self.checkpoints} has no checkpoint any more: "
                 "restore one, or take a new run.name to begin again."
             )
+
+
+@cache
+def _recorded(file: Path, _content: bytes) -> dict[str, Any]:
+    """Every key of a recorded configuration of this content; to read it takes 60 ms, and a start asks three times."""
+    return configuration.flatten(configuration.to_dict(configuration.load([file])))
 
 
 class Records:
