@@ -10,7 +10,7 @@ from launcher.explain.measured import bytes_held
 from model.config import LatentConfig, LoraConfig, MoeConfig
 from tests.distributed.layouts import tiny
 
-pytestmark = [pytest.mark.distributed, pytest.mark.truth]
+pytestmark = [pytest.mark.distributed, pytest.mark.truth, pytest.mark.slow]
 
 ODD = {"hidden_size": 24, "ffn_hidden_size": 36, "head_size": 6, "qk_norm": True, "attention_bias": True}
 """Sizes that no number of ranks divides well."""
