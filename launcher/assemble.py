@@ -31,7 +31,7 @@ from launcher.evaluation.validation import Validation
 from launcher.length import batch_sizes, total_steps
 from launcher.machine import known_machine
 from launcher.meter import Meter
-from launcher.objective import objective_of, plan_of, predicts_in_chunks, travelling_length
+from launcher.objective import objective_of, plan_of, travelling_length
 from launcher.prediction import Prediction, predicted, process_bytes
 from launcher.preempt import Asked, Preempt
 from launcher.profiling import Profile, StepProfile
@@ -45,6 +45,7 @@ from launcher.watchdog.pulse import Pulse
 from launcher.watchdog.stragglers import Stragglers
 from launcher.weights_and_biases import WeightsAndBiases
 from model.build import build
+from model.objectives import takes_losses
 from parallel.checkpoint.agreement import exchange
 from parallel.checkpoint.checkpoints import Checkpoints
 from parallel.checkpoint.fence import Fence
@@ -52,7 +53,7 @@ from parallel.checkpoint.patience import Patience
 from parallel.checkpoint.retention import Retention
 from parallel.common.lines import JsonLines
 from parallel.common.stateful import Stateful
-from parallel.config import Precision
+from parallel.config import Logits, Precision
 from parallel.engine import Engine, Objective
 from parallel.precision import model_dtype, on_this_machine
 from parallel.rules import check_patterns
@@ -277,7 +278,7 @@ def make_engine(
         seed=config.run.seed,
         in_eight_bits=config.precision is Precision.fp8 and dtype == model_dtype(config.precision),
     )
-    if predicts_in_chunks(config):
+    if config.parallel.logits is Logits.chunked and takes_losses(objective):
         for chunk in chunks:
             chunk.predict_in_chunks(z_loss=config.train.z_loss)
     return Engine(

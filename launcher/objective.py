@@ -8,7 +8,6 @@ from launcher.config import RunConfig
 from launcher.length import ramp
 from model import families, objectives
 from model.config import ObjectiveName
-from parallel.config import Logits
 from parallel.engine import Objective
 
 
@@ -16,12 +15,6 @@ def objective_of(config: RunConfig, *, sources: Sequence[str] = ()) -> Objective
     """What the run minimises; it reports the loss of each of the store's `sources` too, if they are given."""
     name = families.objective(config.model, config.train.objective)
     return objectives.objective(name, z_loss=config.train.z_loss, sources=sources)
-
-
-def predicts_in_chunks(config: RunConfig) -> bool:
-    """Whether the model computes the cross-entropy of training itself, without all logits."""
-    name = families.objective(config.model, config.train.objective)
-    return config.parallel.logits is Logits.chunked and objectives.takes_losses(name)
 
 
 def travelling_length(config: RunConfig) -> int:

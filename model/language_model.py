@@ -103,7 +103,8 @@ class LanguageModel(HybridModel):
         dropout `sample_ids`, with experts `loss_weights` and `loss_factor`.
 
         Returns:
-            What `predict` gives on the last chunk, or in training `losses`, where it computes them; else hidden states
+            On the last chunk what `predict` gives; or `losses`, if these are computed here and the batch says by a
+            `loss_factor` that nobody asks for more; else hidden states
             [sequence / context (/ tensor under sequence parallelism), batch, hidden].
         """
         context = self.context(batch)
@@ -113,7 +114,9 @@ class LanguageModel(HybridModel):
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=context)
         if not self.post_process:
             return hidden
-        return self.losses(hidden, batch) if self.training and self.cross_entropy is not None else self.predict(hidden)
+        if self.cross_entropy is not None and "loss_factor" in batch:
+            return self.losses(hidden, batch)
+        return self.predict(hidden)
 
     def embed(self, batch: dict[str, Tensor], context: LayerContext) -> Tensor:
         """Hidden states [own, batch, hidden] (`LayerContext`) of a batch's tokens."""
@@ -140,7 +143,7 @@ class LanguageModel(HybridModel):
         return self._logit_form()(products)
 
     def predict_in_chunks(self, *, z_loss: float) -> None:
-        """From now on, in training, cross-entropy is computed here, and all logits are never there.
+        """From now on the cross-entropy that training minimises is computed here, and all logits are never there.
 
         A plugin's chunk that predicts in its own way, and does not say what `losses` are then, stays as it is.
         """

@@ -134,13 +134,12 @@ _MAKERS: dict[str, Callable[..., Objective]] = {
 }
 
 
-_OF_LOGITS = {ObjectiveName.classification}
-"""Those of `_MAKERS` that a model cannot compute in chunks; plugins' are none of ours."""
+_OF_LOSSES = {Prediction, MaskedPrediction, MaskedPredictionAndNextSentence}
 
 
-def takes_losses(name: str) -> bool:
-    """Whether the objective of a name is content with what `ChunkedCrossEntropy` gives in place of logits."""
-    return name in set(ObjectiveName) - _OF_LOGITS
+def takes_losses(objective: Objective) -> bool:
+    """Whether an objective is content with what `ChunkedCrossEntropy` gives in place of logits; a plugin's is not."""
+    return type(objective) in _OF_LOSSES
 
 
 def objective(name: str, *, z_loss: float = 0.0, sources: Sequence[str] = ()) -> Objective:

@@ -146,7 +146,7 @@ class Engine:
         on the device. Whoever says yes calls `refused` once it knows itself."""
         self.before_update: Callable[[], None] = lambda: None
         """Returns when weights and moments may change."""
-        self._objective = objective
+        self._objective = self._minimised = objective
         self._micro_batch_size = micro_batch_size
         several = topology.config.pipeline > 1
         everything = local_parameters(chunks, last_stage_of_several=several and topology.is_last_pipeline_stage)
@@ -212,11 +212,11 @@ class Engine:
     @contextmanager
     def asked(self, objective: Objective) -> Iterator[None]:
         """In the block `evaluate` asks this of what the model gives, not what is minimised."""
-        own, self._objective = self._objective, objective
+        self._objective = objective
         try:
             yield
         finally:
-            self._objective = own
+            self._objective = self._minimised
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> StepResult:
@@ -282,8 +282,9 @@ class Engine:
         reports, [1 + 2 x reports] (zero but on the last stage)."""
         if self.topology.device.type == "cuda":  # from other memory a copy waits for all that the device has to do
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        factor = {"loss_factor": self._gradient_factor} if self._objective is self._minimised else {}
         micro_batches = [
-            {**dict(zip(batch, rows, strict=True)), "loss_factor": self._gradient_factor, **weight_sums}
+            {**dict(zip(batch, rows, strict=True)), **factor, **weight_sums}
             for rows in zip(*(tensor.split(self._micro_batch_size) for tensor in batch.values()), strict=True)
         ]
         outputs = self._forward_backward(

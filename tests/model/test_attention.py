@@ -15,7 +15,6 @@ from model.attention import find_pieces, in_fp32
 from model.config import ModelConfig
 from model.layer_context import Pieces
 from model.rope import rotate
-from parallel.config import Logits
 from tests.distributed.layouts import tiny
 
 pytestmark = pytest.mark.truth
@@ -84,7 +83,7 @@ def test_the_tokens_of_a_prefix_see_each_other_and_the_rest_what_is_before_it(se
 
 def attention_of_a_model(values: dict[str, Any], objective: str) -> tuple[list[float], bool]:
     """Of each layer the largest difference to a dense mask; whether another document's text left the logits alone."""
-    case = tiny(zero_stage=0, dtype=torch.float64, logits=Logits.whole)
+    case = tiny(zero_stage=0, dtype=torch.float64)
     train = replace(case.config.train, objective=objective)
     case = replace(case, config=replace(case.config, model=replace(case.config.model, **values), train=train))
     config = case.config.model

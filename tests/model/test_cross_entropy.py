@@ -10,13 +10,13 @@ import torch.distributed as dist
 from launcher.assemble import make_engine
 from launcher.objective import objective_of
 from launcher.verify.batches import Traits, slice_of, synthetic_batch
-from launcher.verify.measure import Case
+from launcher.verify.measure import Case, engine_of
 from launcher.verify.world import run_world
 from model import cross_entropy
 from model.config import ObjectiveName
 from model.cross_entropy import ChunkedCrossEntropy, LogitForm, TokenLosses, weighted_losses
 from model.language_model import LanguageModel
-from model.objectives import takes_losses
+from model.objectives import Prediction, objective, takes_losses
 from parallel.config import Logits, ParallelConfig
 from parallel.topology import Topology
 from tests.distributed.layouts import tiny
@@ -142,16 +142,7 @@ def test_a_frozen_matrix_gets_no_gradient() -> None:
 
 def step_of(case: Case) -> tuple[str, float, dict[str, torch.Tensor]]:
     """What the model gave, the loss and the gradients of a step."""
-    vocabulary = case.config.model.vocabulary_size
-    assert vocabulary is not None
-    topology = Topology.create(case.config.parallel)
-    engine = make_engine(
-        case.config,
-        vocabulary_size=vocabulary,
-        topology=topology,
-        objective=objective_of(case.config),
-        dtype=case.dtype,
-    )
+    engine = engine_of(case)
     given: list[str] = []
     loss = engine._loss
 
@@ -161,7 +152,7 @@ def step_of(case: Case) -> tuple[str, float, dict[str, torch.Tensor]]:
         return loss(batch, outputs)
 
     engine._loss = looked_at  # type: ignore[method-assign]
-    result = engine.accumulate(slice_of(synthetic_batch(case.config, 1, Traits(unequal=True)), topology))
+    result = engine.accumulate(slice_of(synthetic_batch(case.config, 1, Traits(unequal=True)), engine.topology))
     gradients = {local.name: engine.updater.gradient(local).clone() for local in engine.parameters}
     assert len(set(given)) == 1
     return given[0], float(result.loss), gradients
@@ -205,6 +196,35 @@ def test_a_chunk_that_predicts_in_its_own_way_keeps_all_its_logits() -> None:
     assert run_world(computes, 1) == [[True, False]]
 
 
-def test_only_classes_are_told_from_all_logits() -> None:
-    assert {name for name in ObjectiveName if not takes_losses(name)} == {ObjectiveName.classification}
-    assert not takes_losses("focal")  # nor one of a plugin
+def test_an_evaluation_holds_no_logits_unless_they_are_asked_for() -> None:
+    class Asked:
+        reports = ()
+
+        def __call__(self, outputs: Any, batch: Any, _group: Any) -> Any:
+            assert outputs.shape == (*batch["tokens"].T.shape, 256)
+            found = weighted_losses(outputs, batch, None)
+            return found.total, batch["loss_weights"].sum(), {}
+
+    def losses() -> tuple[float, float, str]:
+        case = tiny(dtype=torch.float64, zero_stage=0)
+        engine = engine_of(case)
+        batch = synthetic_batch(case.config, 1, Traits(unequal=True))
+        own = engine.evaluate(batch).loss
+        with engine.asked(Asked()):
+            other = engine.evaluate(batch).loss
+        del batch["loss_weights"]
+        return float(own), float(other), type(engine.updater.module(0, batch)).__name__
+
+    ((own, other, kind),) = run_world(losses, 1)
+    assert own == pytest.approx(other, rel=1e-13)
+    assert kind == "Tensor"
+
+
+def test_what_an_objective_reads() -> None:
+    reading = {name for name in ObjectiveName if takes_losses(objective(name))}
+    assert set(ObjectiveName) - reading == {ObjectiveName.classification}
+
+    class Own(Prediction):
+        pass
+
+    assert not takes_losses(Own())  # which may look at logits

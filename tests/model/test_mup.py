@@ -68,8 +68,7 @@ def moved(width: int, scaled: bool) -> dict[str, float]:
             for part, module in (("attention", layer.self_attention), ("mlp", layer.mlp))
         ]
         with torch.no_grad():
-            found["logits"] = model.train(False)(batch)
-        model.train()
+            found["logits"] = model(batch)
         for hook in hooks:
             hook.remove()
         seen.append(found)
