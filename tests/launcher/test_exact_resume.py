@@ -81,7 +81,7 @@ def test_a_run_resumed_at_each_step_is_the_same_run(tmp_path: Path, store: Path,
         pytest.param({"zero_stage": 2}, {"moe": {"experts": 4, "ffn_hidden_size": 24}}, marks=pytest.mark.long),
         ({"pipeline": 2, "zero_stage": 1}, {}),
         ({"tensor": 2}, {"moe": {"experts": 4, "ffn_hidden_size": 24}}),
-        ({"zero_stage": 3}, {}),
+        pytest.param({"zero_stage": 3}, {}, marks=pytest.mark.long),
     ],
     ids=["zero2-moe", "pp2", "tp2-sp-moe", "zero3"],
 )
