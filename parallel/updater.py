@@ -6,7 +6,7 @@ unsharded, `ShardedUpdater` (parallel/sharded.py) is ZeRO-1, `ZeroUpdater` (para
 and steps on the host; `WholeUpdater` (parallel/whole.py) steps each parameter whole on one rank, for all others.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from typing import Any, Protocol
@@ -152,3 +152,12 @@ def add_into(total: Tensor) -> Callable[[Tensor], None]:
         parameter.grad = None
 
     return add
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """Those of what a module gives, which may have tuples in tuples."""
+    if isinstance(output, Tensor):
+        yield output
+    else:
+        for part in output:
+            yield from tensors_of(part)

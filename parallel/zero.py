@@ -52,7 +52,7 @@ from parallel.memory import bucket_elements
 from parallel.optimizer import adamw, create_state, set_learning_rate, set_refused, set_steps
 from parallel.parameters import Fragment, LocalParameter
 from parallel.topology import Topology, add_up
-from parallel.updater import EXPERTS, MOMENTS, Kind, Refuses, add_squares, never, reduce_tied
+from parallel.updater import EXPERTS, MOMENTS, Kind, Refuses, add_squares, never, reduce_tied, tensors_of
 
 
 class _ModelParallelUnit:
@@ -220,7 +220,7 @@ class ZeroUpdater:
             create_state(self._zero.optimizer)
             self._zero._lazy_init_hp_params_optimizer_state()
 
-    def _reset_at_backward(self, _module: torch.nn.Module, _inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+    def _reset_at_backward(self, _module: torch.nn.Module, _inputs: Any, output: Any) -> None:
         """Before DeepSpeed sees the gradient of an output, makes it count that backward as a new one, scaled by us."""
         state = self._zero._backward_hook_state
 
@@ -229,7 +229,7 @@ class ZeroUpdater:
             state.reset_for_new_step()
             self._engine._manual_backward_expected = True
 
-        outputs = [tensor for tensor in ((output,) if isinstance(output, Tensor) else output) if tensor.requires_grad]
+        outputs = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
         if len(outputs) == 1:
             outputs[0].register_hook(reset)
         elif outputs:  # once, before the first of them
