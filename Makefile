@@ -53,7 +53,7 @@ reference: venv ## write docs/configuration.md from the code
 bench: venv ## the benchmarks; each prints a table and writes it to build/bench/ as JSON
 	@mkdir -p build/bench; failed=; \
 	for script in train_overhead start_up loader checkpoint dedup tokenize accelerator; do \
-	    echo "== $$script"; .venv/bin/python benchmarks/$$script.py --json build/bench/$$script.json || failed="$$failed $$script"; \
+	    echo "== $$script"; PYTHONWARNINGS=ignore .venv/bin/python benchmarks/$$script.py --json build/bench/$$script.json || failed="$$failed $$script"; \
 	done; [ -z "$$failed" ] || { echo "missed its bar or failed:$$failed"; exit 1; }
 
 faults-table: venv ## docs/reliability.md from the tests' markers; fails where one of the thirty faults has no test
