@@ -94,7 +94,7 @@ class Job:
         """What the job printed, steps left out."""
         logs = sorted((self.run / "logs").glob("slurm-*.out"))
         lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
-        return "\n".join(["", *(line for line in lines if not line.startswith("step "))][-60:])
+        return "\n".join(["", *(line for line in lines if not line.startswith("step "))][-400:])
 
     def attempts(self) -> list[dict[str, Any]]:
         """The history of the run."""
