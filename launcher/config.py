@@ -18,7 +18,6 @@ from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.config import DataConfig
@@ -230,8 +229,8 @@ def save_section(config: RunConfig, section: str, path: Path) -> None:
 
 
 def as_yaml(config: RunConfig) -> str:
-    """The whole tree as YAML: omegaconf's, which quotes what it would read otherwise, without its containers' 10 ms."""
-    return yaml.dump(to_dict(config), Dumper=get_omega_conf_dumper(), allow_unicode=True, sort_keys=False)
+    """The whole tree as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -30,6 +30,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import cross_entropy
 
 from model.size import logit_rows
+from parallel.precision import exact
 from parallel.topology import Topology
 
 
@@ -42,11 +43,6 @@ class TokenLosses(NamedTuple):
     """[sequence, batch]"""
     squares: Tensor
     """[] the sum of the squared log-normalisers."""
-
-
-def exact(logits: Tensor) -> Tensor:
-    """In float32; float64 stays."""
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 class _VocabularyParallel(torch.autograd.Function):
@@ -178,9 +174,10 @@ class _Work:
         rows = logit_rows(len(matrix), hidden.device.type)
         return [slice(begin, begin + rows) for begin in range(0, len(hidden), rows)]
 
-    def of(self, products: Tensor, bias: Tensor | None, rows: slice, *, gradient: bool) -> tuple[Tensor, Tensor]:
+    def of(self, products: Tensor, bias: Tensor | None, rows: slice, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Losses and squared log-normalisers [2, chunk], weighted, of a chunk's products; these, in `exact`, are
-        overwritten, with the gradient of the logits before the bias where it is asked for. Second the bias's."""
+        overwritten, with the gradient of the logits before the bias where it is asked for. Second the gradient of the
+        bias, if there is one."""
         labels, weights, slope = self.labels[rows], self.weights[rows], None
         if self.form.factor != 1:
             products.mul_(self.form.factor)
@@ -195,11 +192,11 @@ class _Work:
         normalisers = logarithms + largest
         found = torch.stack((logarithms - sums[1], normalisers.square())) * weights
         if not gradient:
-            return found, found
+            return found, None
         of_loss = weights * self.scale
         products.mul_((of_loss * (1 + 2 * self.z_loss * normalisers) / sums[0])[:, None])
         products.scatter_add_(-1, place, -of_loss.masked_fill(elsewhere, 0)[:, None])
-        of_bias = found if bias is None else products.sum(dim=0)
+        of_bias = None if bias is None else products.sum(dim=0)
         if slope is not None:
             products.mul_(slope)
         if self.form.factor != 1:
@@ -232,7 +229,7 @@ class _InChunks(torch.autograd.Function):
             torch.mm(logits, matrix, out=of_hidden[rows])
             if of_matrix is not None:
                 _add_product(of_matrix, logits.T, hidden[rows])
-            if of_bias is not None:
+            if of_bias is not None and over_rows is not None:
                 of_bias += over_rows
         ctx.scale = work.scale
         ctx.save_for_backward(of_hidden, of_matrix, of_bias)

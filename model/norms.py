@@ -16,6 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm
 
+from parallel.precision import exact
+
 
 class OneRMSNorm(torch.autograd.Function):
     """`torch.nn.functional.rms_norm` over the last dimension, in float32 (float64 in float64), as one operation.
@@ -27,7 +29,7 @@ class OneRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[..., channels], [channels] -> as the first."""
-        wide, scale = _exact(hidden), _exact(weight)
+        wide, scale = exact(hidden), exact(weight)
         norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).double()
         inverse = norms.square_().div_(hidden.shape[-1]).add_(eps).rsqrt_().to(wide.dtype)
         ctx.save_for_backward(hidden, weight, inverse)
@@ -36,16 +38,12 @@ class OneRMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden, weight, inverse = ctx.saved_tensors
-        wide, gradient, channels = _exact(hidden), _exact(gradients[0]), hidden.shape[-1]
+        wide, gradient, channels = exact(hidden), exact(gradients[0]), hidden.shape[-1]
         product = gradient * wide
-        means = (product @ _exact(weight))[..., None].mul_(inverse.pow(3).div_(-channels))
-        of_hidden = (gradient * _exact(weight)).mul_(inverse).addcmul_(wide, means)
+        means = (product @ exact(weight))[..., None].mul_(inverse.pow(3).div_(-channels))
+        of_hidden = (gradient * exact(weight)).mul_(inverse).addcmul_(wide, means)
         of_weight = product.mul_(inverse).view(-1, channels).sum(dim=0)  # more exact than a product with `inverse`
         return of_hidden.to(hidden.dtype), of_weight.to(weight.dtype), None
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 class RMSNorm(torch.nn.Module):

@@ -14,9 +14,10 @@ from torch.nn.functional import cross_entropy
 
 from model import families
 from model.config import ObjectiveName
-from model.cross_entropy import TokenLosses, exact, weighted_losses
+from model.cross_entropy import TokenLosses, weighted_losses
 from model.families import Architecture
 from parallel.engine import Objective
+from parallel.precision import exact
 
 
 class Prediction:

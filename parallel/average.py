@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from parallel.fragments import Held
+from parallel.precision import exact
 
 AVERAGE = "average"
 
@@ -46,4 +47,4 @@ class WeightAverage(Held):
 
 def _wide(piece: ShardedTensor) -> Tensor:
     assert piece.data is not None
-    return piece.data if piece.data.dtype == torch.float64 else piece.data.float()
+    return exact(piece.data)

@@ -19,3 +19,8 @@ def model_dtype(precision: Precision) -> torch.dtype:
     """The dtype of `precision` here."""
     dtypes = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32, Precision.fp16: torch.float16}
     return dtypes[on_this_machine(precision)]
+
+
+def exact(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32, which sums and losses are taken in; float64 stays, for the proofs."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

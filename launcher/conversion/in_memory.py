@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from data_pipeline.tokenizer import VOCABULARY_MULTIPLE
+from data_pipeline.tokenizer import VOCABULARY_MULTIPLE, Tokenizer
 from launcher.config import RunConfig
 from launcher.conversion.check import KERNEL, transformers
-from launcher.conversion.export import Weights, check_names, described_model, theirs
+from launcher.conversion.export import Weights, check_names, described_model, needed_tokenizer, theirs
 from launcher.places import Checkpoint
 from model import lora, mup
 from model.config import ModelConfig
@@ -39,6 +39,17 @@ def check_known(config: RunConfig) -> None:
     model = replace(plain, vocabulary_size=plain.vocabulary_size or VOCABULARY_MULTIPLE)
     pairs_of(model)
     config_json(model, sequence_length=config.train.sequence_length)
+
+
+def with_tokenizer(checkpoint: Checkpoint, what: str) -> tuple[RunConfig, Tokenizer, Any]:
+    """A checkpoint's run, its tokenizer and its model, for `what`, which is named where `transformers` is missing.
+
+    Raises:
+        UserError: `transformers` is not installed, or the checkpoint has no tokenizer or no such model.
+    """
+    needs_transformers(what)
+    config = checkpoint.config()
+    return config, needed_tokenizer(checkpoint.run.path, config), in_memory(checkpoint)
 
 
 def in_memory(checkpoint: Checkpoint) -> Any:

@@ -8,8 +8,8 @@ import torch
 from data_pipeline.marks import of_tokenizer
 from data_pipeline.tokenizer import Tokenizer
 from launcher.config import RunConfig
-from launcher.conversion.export import around, needed_tokenizer
-from launcher.conversion.in_memory import in_memory, needs_transformers
+from launcher.conversion.export import around
+from launcher.conversion.in_memory import with_tokenizer
 from launcher.generation.writer import MASK
 from launcher.places import Checkpoint
 from parallel.common.errors import UserError
@@ -34,14 +34,8 @@ class Filler:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Self:
-        """Of a checkpoint.
-
-        Raises:
-            UserError: `transformers` is not installed, or the checkpoint has no tokenizer or no such model.
-        """
-        needs_transformers("filling gaps")
-        config = checkpoint.config()
-        return cls(config, needed_tokenizer(checkpoint.run.path, config), in_memory(checkpoint))
+        """Of a checkpoint; raises as `with_tokenizer` does."""
+        return cls(*with_tokenizer(checkpoint, "filling gaps"))
 
     def read(self, text: str) -> list[int]:
         """The ids of a text with its gaps.

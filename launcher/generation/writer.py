@@ -21,8 +21,8 @@ from data_pipeline.marks import of_tokenizer
 from data_pipeline.tokenizer import Tokenizer
 from launcher.config import RunConfig
 from launcher.conversion.check import transformers
-from launcher.conversion.export import beginning, needed_tokenizer
-from launcher.conversion.in_memory import in_memory, needs_transformers
+from launcher.conversion.export import beginning
+from launcher.conversion.in_memory import with_tokenizer
 from launcher.generation.options import Options
 from launcher.places import Checkpoint
 from model import families
@@ -55,14 +55,8 @@ class Writer:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Self:
-        """Of a checkpoint.
-
-        Raises:
-            UserError: `transformers` is not installed, or the checkpoint has no tokenizer or no such model.
-        """
-        needs_transformers("generating")
-        config = checkpoint.config()
-        return cls(config, needed_tokenizer(checkpoint.run.path, config), in_memory(checkpoint))
+        """Of a checkpoint; raises as `with_tokenizer` does."""
+        return cls(*with_tokenizer(checkpoint, "generating"))
 
     def read(self, prompt: str) -> list[int]:
         """What the model reads of a prompt."""
